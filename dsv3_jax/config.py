@@ -1,0 +1,373 @@
+"""The configuration of a run: frozen dataclasses, complete in themselves, checked once by `check`.
+
+Every field carries its meaning as a docstring; `python train.py --config=NAME --help` prints them.
+The letters in brackets are the dimension letters used in names and einsums (legend in model/transformer.py).
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from dsv3_jax.errors import UserError
+
+
+class ConfigError(UserError, ValueError):
+    """A configuration that cannot run. The message names the field, its value and what would be right."""
+
+    exit_code = 2
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape and arithmetic of one DeepSeek-V3-family model (V3 section 4.2, V2 section 3.1.2)."""
+
+    vocabulary: int
+    """[W] rows of the embedding and the head; a tokenizer may use fewer, the rest is padding."""
+    width: int
+    """[D] size of the residual stream."""
+    layers: int
+    """[L] blocks of the main model, dense ones included, MTP modules not."""
+    dense_layers: int
+    """Leading blocks with a dense feed-forward network instead of experts."""
+    dense_ffn_width: int
+    """Hidden width of the dense feed-forward network."""
+
+    heads: int
+    """[H] attention heads."""
+    query_latent: int | None
+    """[Q] rank of the query latent; None: one direct query projection, without a norm (V2-Lite)."""
+    key_value_latent: int
+    """[C] rank of the key-value latent, the part of the cache shared by all heads."""
+    nope_head_dim: int
+    """[P] per-head query/key dims without rotary position."""
+    rope_head_dim: int
+    """[R] rotary dims: per head in queries, one vector shared by all heads in keys."""
+    value_head_dim: int
+    """[V] per-head value dims."""
+
+    experts: int
+    """[E] routed experts a MoE block."""
+    experts_per_token: int
+    """[K] routed experts a token."""
+    shared_experts: int
+    """Experts every token passes, fused into one network of this many times expert_ffn_width."""
+    expert_ffn_width: int
+    """[F] hidden width of one expert."""
+    expert_groups: int
+    """[G] groups of consecutive experts (one a node in V3)."""
+    groups_per_token: int
+    """Groups a token may choose its experts from."""
+    score_function: Literal["sigmoid", "softmax"]
+    """Router score of an expert: sigmoid (V3) or softmax over all experts (V2)."""
+    group_score: Literal["top2_sum", "max"]
+    """Score of a group: sum of its two largest selection scores (V3) or the largest (V2)."""
+    normalize_weights: bool
+    """Divide the chosen experts' scores by their sum (V3)."""
+    routed_scale: float
+    """Factor on the routed experts' weights: 2.5 in V3, 16 in V2, 1 in V2-Lite."""
+    selection_bias: bool
+    """Bias added to the scores for selection only, moved by the counted load (V3 section 2.1.2)."""
+
+    mtp_depth: int
+    """Multi-token prediction modules, each predicting one token further (V3 section 2.2)."""
+    mtp_input: Literal["final_norm", "residual"] = "final_norm"
+    """Hidden state fed to the first MTP module: after the final norm (released weights) or before it."""
+
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
+    yarn_factor: float = 1.0
+    """YaRN context extension factor; 1 is plain RoPE and plain softmax scale."""
+    yarn_original_length: int = 4096
+    """Context length the frequencies were trained at before extension."""
+    yarn_beta_fast: float = 32.0
+    """Rotations over the original length above which a frequency is left alone."""
+    yarn_beta_slow: float = 1.0
+    """Rotations over the original length below which a frequency is divided by yarn_factor."""
+    yarn_mscale: float = 1.0
+    """Scale coefficient of cos and sin, as a ratio to yarn_mscale_all_dim."""
+    yarn_mscale_all_dim: float = 1.0
+    """Scale coefficient of the whole attention logit, squared."""
+    maximum_positions: int = 163840
+    """Longest sequence or cache allowed."""
+
+    norm_epsilon: float = 1e-6
+    """Epsilon of the block norms and the final norm."""
+    latent_norm_epsilon: float = 1e-6
+    """Epsilon of the two latent norms, which other code does not always tie to norm_epsilon."""
+    initializer_std: float = 0.006
+    """Standard deviation of every weight at the start (V3 section 4.2)."""
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type the matmuls compute in; parameters, router, norm statistics, softmax and losses stay float32."""
+    remat: Literal["none", "block"] = "block"
+    """What backward recomputes: nothing, or everything inside each block."""
+
+    @property
+    def moe_layers(self) -> int:
+        return self.layers - self.dense_layers
+
+    @property
+    def query_key_head_dim(self) -> int:
+        return self.nope_head_dim + self.rope_head_dim
+
+    @property
+    def cache_width(self) -> int:
+        """Values cached a token a layer: the normed latent and the rotated shared key."""
+        return self.key_value_latent + self.rope_head_dim
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Text in, packed token rows out."""
+
+    path: str = "stdlib"
+    """'stdlib' (the Python standard library's own source on this machine), or a file, folder or glob of
+    .txt .py .md .jsonl .parquet."""
+    text_field: str = "text"
+    """Field of .jsonl objects and column of .parquet files that holds the text."""
+    tokenizer: str = "train"
+    """'train' (a byte-level BPE on the training split, kept in the workdir) or the path of a tokenizer.json."""
+    validation_share: float = 0.05
+    """Share of documents held out, chosen by a hash of their name."""
+    fill_in_the_middle_rate: float = 0.1
+    """Share of documents rewritten prefix-suffix-middle (V3 section 4.1)."""
+    isolate_documents: bool = False
+    """Mask attention across document boundaries in a row and restart positions there; V3 pre-training does not."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Length and batch of the run."""
+
+    tokens: int
+    """Training tokens of the whole run; the number of steps is tokens / (batch_size * sequence_length)."""
+    sequence_length: int
+    """[S] tokens a row."""
+    batch_size: int
+    """[B] rows an optimizer step."""
+    microbatches: int = 1
+    """Splits of the batch whose gradients are accumulated; the result does not depend on it."""
+    log_interval: int = 10
+    """Steps between logged metrics."""
+    validation_interval: int = 0
+    """Steps between validations; 0: only at the end."""
+    sample_tokens: int = 160
+    """Tokens of the sample generated at the end; 0: no sample."""
+
+    @property
+    def steps(self) -> int:
+        return self.tokens // (self.batch_size * self.sequence_length)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and the V3 learning-rate shape, its token counts as shares of the run (V3 section 4.2)."""
+
+    learning_rate: float
+    """Peak."""
+    warmup_steps: int
+    """Linear warm-up from 0."""
+    constant_until: float = 10.0 / 14.8
+    """Share of the run after which the cosine begins."""
+    cosine_until: float = 14.3 / 14.8
+    """Share of the run after which the first constant tail begins."""
+    first_tail_until: float = 14.633 / 14.8
+    """Share of the run after which the second constant tail begins."""
+    first_tail_ratio: float = 0.1
+    """Learning rate of the first tail relative to the peak: 2.2e-5 / 2.2e-4."""
+    second_tail_ratio: float = 7.3e-6 / 2.2e-4
+    """Learning rate of the second tail relative to the peak."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    epsilon: float = 1e-8
+    """Added to the root of the second moment; not stated in the paper."""
+    weight_decay: float = 0.1
+    """Decoupled decay of matrices; norm gains are not decayed."""
+    clip_norm: float = 1.0
+    """Global gradient norm above which gradients are scaled down."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights of the auxiliary objectives and of the router bias (V3 sections 2.1.2, 2.2, 4.2)."""
+
+    balance_weight: float = 1e-4
+    """Alpha of the sequence-wise balance loss."""
+    bias_speed: float = 0.001
+    """Step of the router bias after each optimizer step."""
+    bias_until: float = 14.3 / 14.8
+    """Share of the run after which the bias is frozen."""
+    mtp_weight: float = 0.3
+    """Lambda of the MTP loss."""
+    mtp_weight_until: float = 10.0 / 14.8
+    """Share of the run after which mtp_late_weight applies."""
+    mtp_late_weight: float = 0.1
+    """Lambda of the MTP loss for the rest of the run."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the run's state is saved."""
+
+    interval: int = 1000
+    """Steps between checkpoints; one more is written at the end and at SIGTERM or SIGINT."""
+    keep: int = 2
+    """Newest checkpoints kept."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run: model, data, training, optimizer, losses, checkpoints."""
+
+    model: ModelConfig
+    data: DataConfig
+    training: TrainingConfig
+    optimizer: OptimizerConfig
+    loss: LossConfig = field(default_factory=LossConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    seed: int = 0
+    """Seed of everything random: parameters, data order, sampling."""
+
+
+def check(config: Config) -> None:
+    """Refuse a configuration that cannot run.
+
+    Raises:
+        ConfigError: names the field, its value and what would be right.
+    """
+    check_model(config.model)
+    training, data, optimizer, loss = config.training, config.data, config.optimizer, config.loss
+    for name in ("tokens", "sequence_length", "batch_size", "microbatches", "log_interval"):
+        _at_least(f"training.{name}", getattr(training, name), 1)
+    for name in ("validation_interval", "sample_tokens"):
+        _at_least(f"training.{name}", getattr(training, name), 0)
+    if training.batch_size % training.microbatches:
+        raise ConfigError(
+            f"training.microbatches={training.microbatches} must divide training.batch_size={training.batch_size}; "
+            f"these do: {divisors(training.batch_size)}"
+        )
+    if training.steps < 1:
+        raise ConfigError(
+            f"training.tokens={training.tokens} is less than one step: it must be at least batch_size * sequence_length "
+            f"= {training.batch_size * training.sequence_length}"
+        )
+    if training.sequence_length > config.model.maximum_positions:
+        raise ConfigError(
+            f"training.sequence_length={training.sequence_length} must be at most "
+            f"model.maximum_positions={config.model.maximum_positions}"
+        )
+    if training.sequence_length <= config.model.mtp_depth:
+        raise ConfigError(
+            f"training.sequence_length={training.sequence_length} must exceed model.mtp_depth={config.model.mtp_depth}"
+        )
+    for name in ("validation_share", "fill_in_the_middle_rate"):
+        _between(f"data.{name}", getattr(data, name), 0.0, 1.0)
+    if not data.path:
+        raise ConfigError("data.path='' is empty: give 'stdlib', or a file, folder or glob")
+    if not optimizer.learning_rate > 0:
+        raise ConfigError(f"optimizer.learning_rate={optimizer.learning_rate} must be above 0")
+    _at_least("optimizer.warmup_steps", optimizer.warmup_steps, 0)
+    shares = (optimizer.constant_until, optimizer.cosine_until, optimizer.first_tail_until)
+    if not 0.0 <= shares[0] <= shares[1] <= shares[2] <= 1.0:
+        raise ConfigError(
+            f"optimizer.constant_until, cosine_until, first_tail_until = {shares} must rise from 0 to 1: each is a share of the run"
+        )
+    for name in ("beta1", "beta2"):
+        _between(f"optimizer.{name}", getattr(optimizer, name), 0.0, 1.0)
+    for name in ("epsilon", "clip_norm"):
+        if not getattr(optimizer, name) > 0:
+            raise ConfigError(f"optimizer.{name}={getattr(optimizer, name)} must be above 0")
+    for name in ("bias_until", "mtp_weight_until"):
+        _between(f"loss.{name}", getattr(loss, name), 0.0, 1.0)
+    _at_least("checkpoint.interval", config.checkpoint.interval, 1)
+    _at_least("checkpoint.keep", config.checkpoint.keep, 1)
+    if config.seed < 0 or config.seed >= 2**32:
+        raise ConfigError(f"seed={config.seed} must be between 0 and {2**32 - 1}")
+
+
+def check_model(model: ModelConfig) -> None:
+    """Refuse a model shape that cannot be built. Raises ConfigError."""
+    positive = (
+        "vocabulary width layers dense_ffn_width heads key_value_latent nope_head_dim rope_head_dim value_head_dim "
+        "experts experts_per_token expert_ffn_width expert_groups groups_per_token maximum_positions"
+    )
+    for name in positive.split():
+        _at_least(f"model.{name}", getattr(model, name), 1)
+    for name in ("dense_layers", "shared_experts", "mtp_depth"):
+        _at_least(f"model.{name}", getattr(model, name), 0)
+    if model.query_latent is not None:
+        _at_least("model.query_latent", model.query_latent, 1)
+    if model.rope_head_dim % 2:
+        raise ConfigError(f"model.rope_head_dim={model.rope_head_dim} must be even: rotary dims come in pairs")
+    _at_most("model.dense_layers", model.dense_layers, "model.layers", model.layers)
+    if model.experts % model.expert_groups:
+        raise ConfigError(
+            f"model.expert_groups={model.expert_groups} must divide model.experts={model.experts}; "
+            f"these do: {divisors(model.experts)}"
+        )
+    group_size = model.experts // model.expert_groups
+    if model.group_score == "top2_sum" and model.expert_groups > 1 and group_size < 2:
+        raise ConfigError(
+            f"model.expert_groups={model.expert_groups} leaves {group_size} expert a group, and group_score='top2_sum' "
+            f"needs 2: use at most {model.experts // 2} groups, or group_score='max'"
+        )
+    _at_most("model.groups_per_token", model.groups_per_token, "model.expert_groups", model.expert_groups)
+    _at_most(
+        "model.experts_per_token",
+        model.experts_per_token,
+        "the experts in the chosen groups (groups_per_token * experts / expert_groups)",
+        model.groups_per_token * group_size,
+    )
+    if not model.yarn_factor >= 1.0:
+        raise ConfigError(f"model.yarn_factor={model.yarn_factor} must be at least 1 (1 is plain RoPE)")
+    for name in ("rope_theta", "norm_epsilon", "latent_norm_epsilon", "initializer_std", "routed_scale"):
+        if not getattr(model, name) > 0:
+            raise ConfigError(f"model.{name}={getattr(model, name)} must be above 0")
+
+
+def divisors(number: int) -> list[int]:
+    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
+
+
+def to_json(config: Any) -> str:
+    """A configuration (whole or one section) as indented JSON; `from_json` reads a whole one back."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def from_json(text: str) -> Config:
+    """A whole configuration from `to_json`'s text.
+
+    Raises:
+        ConfigError: the text is not JSON, or a field is unknown or missing.
+    """
+    try:
+        values = json.loads(text)
+        sections = {
+            "model": ModelConfig,
+            "data": DataConfig,
+            "training": TrainingConfig,
+            "optimizer": OptimizerConfig,
+            "loss": LossConfig,
+            "checkpoint": CheckpointConfig,
+        }
+        built = {name: kind(**values.pop(name)) for name, kind in sections.items()}
+        return Config(**built, **values)
+    except (json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(f"not a saved configuration of this version: {error}") from error
+
+
+def _at_least(name: str, value: float, least: float) -> None:
+    if value < least:
+        raise ConfigError(f"{name}={value} must be at least {least}")
+
+
+def _at_most(name: str, value: float, limit_name: str, limit: float) -> None:
+    if value > limit:
+        raise ConfigError(f"{name}={value} must be at most {limit_name} = {limit}")
+
+
+def _between(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ConfigError(f"{name}={value} must be between {low} and {high}")

@@ -1,0 +1,100 @@
+"""Multi-head latent attention, MLA (V2 section 2.1, V3 section 2.1.1).
+
+Training and prefill expand the latent into per-head keys and values; decoding absorbs the expansion into the
+query and the output (V2 appendix C), so that it reads only the cached latent. Both compute the same function.
+"""
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.kernels.attention import absorbed_attention, causal_attention
+from dsv3_jax.model.layers import RMSNorm, contract, parameter
+from dsv3_jax.model.rope import Rotation, rotate, softmax_scale
+
+
+class MultiHeadLatentAttention(nnx.Module):
+    def __init__(self, model: ModelConfig, rngs: nnx.Rngs):
+        width, heads, std = model.width, model.heads, model.initializer_std
+        query_key_dim = model.query_key_head_dim
+        if model.query_latent is None:
+            self.query = parameter(rngs, (width, heads, query_key_dim), ("width", "heads", "query_key_dim"), std)
+        else:
+            rank = model.query_latent
+            self.query_down = parameter(rngs, (width, rank), ("width", "query_latent"), std)
+            self.query_norm = RMSNorm(rank, "query_latent", model.latent_norm_epsilon)
+            self.query_up = parameter(rngs, (rank, heads, query_key_dim), ("query_latent", "heads", "query_key_dim"), std)
+        rank = model.key_value_latent
+        self.key_value_down = parameter(rngs, (width, model.cache_width), ("width", "key_value_latent_and_rope"), std)
+        self.key_value_norm = RMSNorm(rank, "key_value_latent", model.latent_norm_epsilon)
+        self.key_value_up = parameter(
+            rngs,
+            (rank, heads, model.nope_head_dim + model.value_head_dim),
+            ("key_value_latent", "heads", "nope_and_value_dim"),
+            std,
+        )
+        self.output = parameter(
+            rngs, (heads, model.value_head_dim, width), ("heads", "value_dim", "width"), std
+        )
+        self.model = model
+
+    def __call__(self, x_BSD: Array, by: Rotation, segment_ids_BS: Array | None) -> tuple[Array, Array]:
+        """Causal attention of a whole row over itself.
+
+        Returns the output [B, S, D] and what a cache keeps of the row, [B, S, C + R].
+        """
+        nope, rank = self.model.nope_head_dim, self.model.key_value_latent
+        query_BSHd = jnp.concatenate(self._queries(x_BSD, by), axis=-1)
+        latent_BSX = self.latent(x_BSD, by)
+        key_value_BSHd = self._contract("bsc,chd->bshd", latent_BSX[..., :rank], self.key_value_up[...])
+        key_rope_BSHR = jnp.broadcast_to(
+            latent_BSX[:, :, None, rank:], (*query_BSHd.shape[:3], self.model.rope_head_dim)
+        )
+        key_BSHd = jnp.concatenate([key_value_BSHd[..., :nope], key_rope_BSHR], axis=-1)
+        mixed_BSHV = causal_attention(
+            query_BSHd, key_BSHd, key_value_BSHd[..., nope:], softmax_scale(self.model), segment_ids_BS
+        )
+        return self._contract("bshv,hvd->bsd", mixed_BSHV, self.output[...]), latent_BSX
+
+    def decode(self, x_BSD: Array, by: Rotation, cache_BTX: Array, positions_BS: Array) -> Array:
+        """Attention of new tokens over the cache, in which their own latents already stand.
+
+        Args:
+            x_BSD: the new tokens.
+            by: their rotation.
+            cache_BTX: [B, T, C + R], entry t of a row at position t; entries after a token's position are not read.
+            positions_BS: int32 position of each new token.
+        """
+        nope, rank = self.model.nope_head_dim, self.model.key_value_latent
+        query_nope_BSHP, query_rope_BSHR = self._queries(x_BSD, by)
+        key_up_CHP, value_up_CHV = self.key_value_up[..., :nope], self.key_value_up[..., nope:]
+        query_latent_BSHC = self._contract("bshp,chp->bshc", query_nope_BSHP, key_up_CHP)
+        mixed_BSHC = absorbed_attention(
+            jnp.concatenate([query_latent_BSHC, query_rope_BSHR], axis=-1),
+            cache_BTX,
+            rank,
+            softmax_scale(self.model),
+            positions_BS,
+        )
+        mixed_BSHV = self._contract("bshc,chv->bshv", mixed_BSHC, value_up_CHV)
+        return self._contract("bshv,hvd->bsd", mixed_BSHV, self.output[...])
+
+    def latent(self, x_BSD: Array, by: Rotation) -> Array:
+        """What the cache keeps of each token: the normed latent (C) and the rotated, un-normed shared key (R)."""
+        down_BSX = self._contract("bsd,dx->bsx", x_BSD, self.key_value_down[...])
+        rank = self.model.key_value_latent
+        return jnp.concatenate([self.key_value_norm(down_BSX[..., :rank]), rotate(down_BSX[..., rank:], by)], axis=-1)
+
+    def _queries(self, x_BSD: Array, by: Rotation) -> tuple[Array, Array]:
+        """The no-rope part [B, S, H, P] and the rotated part [B, S, H, R] of each head's query."""
+        if self.model.query_latent is None:
+            query_BSHd = self._contract("bsd,dhe->bshe", x_BSD, self.query[...])
+        else:
+            latent_BSQ = self.query_norm(self._contract("bsd,dq->bsq", x_BSD, self.query_down[...]))
+            query_BSHd = self._contract("bsq,qhe->bshe", latent_BSQ, self.query_up[...])
+        nope = self.model.nope_head_dim
+        return query_BSHd[..., :nope], rotate(query_BSHd[..., nope:], by)
+
+    def _contract(self, equation: str, left: Array, right: Array) -> Array:
+        return contract(equation, left, right, jnp.dtype(self.model.precision))

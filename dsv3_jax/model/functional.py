@@ -1,0 +1,68 @@
+"""A model as plain trees: what jit, optimizers and checkpoints work on.
+
+`parameters` and `router_bias` are nested dicts of arrays, keyed by attribute; the skeleton is everything static.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.layers import RouterBias
+from dsv3_jax.model.transformer import Transformer
+
+Tree = dict[str, Any]
+
+
+class Skeleton(NamedTuple):
+    """A model without its values."""
+
+    structure: nnx.GraphDef
+    parameters: nnx.State
+    """Shapes, types and logical axes of the parameters."""
+    router_bias: nnx.State
+
+
+def skeleton_of(model: ModelConfig) -> Skeleton:
+    """The skeleton of a model of this shape; allocates nothing."""
+    return Skeleton(*nnx.split(nnx.eval_shape(lambda: Transformer(model, nnx.Rngs(0))), nnx.Param, RouterBias))
+
+
+def initialize(model: ModelConfig, seed: int) -> tuple[Tree, Tree]:
+    """Fresh `parameters` and `router_bias`, compiled as one function."""
+    return jax.jit(lambda: take_apart(Transformer(model, nnx.Rngs(seed))))()
+
+
+def take_apart(model: Transformer) -> tuple[Tree, Tree]:
+    """`parameters` and `router_bias` of a model."""
+    parameters, router_bias = nnx.state(model, nnx.Param, RouterBias)
+    return nnx.to_pure_dict(parameters), nnx.to_pure_dict(router_bias)
+
+
+def put_together(skeleton: Skeleton, parameters: Tree, router_bias: Tree) -> Transformer:
+    """The model with these values; inside jit, a model of tracers."""
+    return nnx.merge(skeleton.structure, _filled(skeleton.parameters, parameters), _filled(skeleton.router_bias, router_bias))
+
+
+def abstract_trees(skeleton: Skeleton) -> tuple[Tree, Tree]:
+    """`parameters` and `router_bias` as ShapeDtypeStructs."""
+    return nnx.to_pure_dict(skeleton.parameters), nnx.to_pure_dict(skeleton.router_bias)
+
+
+def logical_axes(skeleton: Skeleton) -> Tree:
+    """The logical axes of every parameter, in a tree like `parameters`, each leaf a tuple of names."""
+    axes = jax.tree.map(
+        lambda variable: variable.get_metadata("logical_axes"),
+        skeleton.parameters,
+        is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
+    )
+    return nnx.to_pure_dict(axes)
+
+
+def _filled(abstract: nnx.State, values: Tree) -> nnx.State:
+    leaves, treedef = jax.tree.flatten(abstract)
+    filled = jax.tree.leaves(values)
+    if len(leaves) != len(filled):
+        raise ValueError(f"the tree has {len(filled)} arrays, the model {len(leaves)}")
+    return jax.tree.unflatten(treedef, filled)

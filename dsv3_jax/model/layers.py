@@ -1,0 +1,110 @@
+"""What every layer is made of: declared parameters, norms, contractions, stacks of equal blocks."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+
+class RouterBias(nnx.Variable):
+    """Selection bias of a router: float32 always, moved by counted load, never by a gradient or an optimizer."""
+
+
+def parameter(rngs: nnx.Rngs, shape: Sequence[int], axes: Sequence[str], std: float) -> nnx.Param:
+    """A float32 parameter drawn from N(0, std^2), naming its dims where it is made.
+
+    The names are logical: a table says which mesh axis each goes to. They are kept as plain metadata, out of
+    reach of flax's eager sharding, which would try to resolve them at creation.
+    """
+    if len(shape) != len(axes):
+        raise ValueError(f"shape {tuple(shape)} has {len(shape)} dims, axes {tuple(axes)} name {len(axes)}")
+    value = std * jax.random.normal(rngs.params(), tuple(shape), jnp.float32)
+    return nnx.Param(value, logical_axes=tuple(axes))
+
+
+def contract(equation: str, left: Array, right: Array, dtype: jnp.dtype, output: jnp.dtype | None = None) -> Array:
+    """Einsum of two operands cast to `dtype`; the result has type `output`, by default `dtype`.
+
+    A float32 product is a full float32 product everywhere: the TPU default would round its operands to bfloat16.
+    """
+    precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    return jnp.einsum(
+        equation, left.astype(dtype), right.astype(dtype), precision=precision, preferred_element_type=output or dtype
+    )
+
+
+class RMSNorm(nnx.Module):
+    """x * gain / sqrt(mean(x^2) + epsilon), statistics in float32, result in the type of x (FACTS 1.2)."""
+
+    def __init__(self, dim: int, axis: str, epsilon: float):
+        self.gain = nnx.Param(jnp.ones((dim,), jnp.float32), logical_axes=(axis,))
+        self.epsilon = epsilon
+
+    def __call__(self, x: Array) -> Array:
+        wide = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
+        return (wide * inverse * self.gain[...]).astype(x.dtype)
+
+
+class FeedForward(nnx.Module):
+    """SwiGLU: down(silu(gate x) * up x), gate and up side by side in one [D, 2, F] parameter."""
+
+    def __init__(self, width: int, hidden: int, std: float, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.gate_up = parameter(rngs, (width, 2, hidden), ("width", "gate_up", "ffn"), std)
+        self.down = parameter(rngs, (hidden, width), ("ffn", "width"), std)
+        self.dtype = dtype
+
+    def __call__(self, x_BSD: Array) -> Array:
+        both = contract("bsd,dcf->bscf", x_BSD, self.gate_up[...], self.dtype)
+        return contract("bsf,fd->bsd", swiglu(both[:, :, 0], both[:, :, 1]), self.down[...], self.dtype)
+
+
+def swiglu(gate: Array, up: Array) -> Array:
+    return jax.nn.silu(gate) * up
+
+
+def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
+    """`count` equal modules as one module whose every variable has a leading "layers" dim, for `scan_stack`."""
+    structure = nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+
+    def make_one(key: Array) -> nnx.State:
+        return nnx.state(make(nnx.Rngs(params=key)))
+
+    state = jax.vmap(make_one)(jax.random.split(rngs.params(), count))
+    return nnx.merge(structure, _map_variables(lambda axes: ("layers", *axes), state))
+
+
+def scan_stack(
+    stacked: nnx.Module,
+    body: Callable[[Any, Any, Any], tuple[Any, Any]],
+    carry: Any,
+    inputs: Any = None,
+    remat: Literal["none", "block"] = "none",
+) -> tuple[Any, Any]:
+    """Scan `body(block, carry, input) -> (carry, output)` over the layers of a stack: one compiled body for any depth.
+
+    Returns the last carry and the outputs with a leading "layers" dim. With remat "block" the backward pass
+    recomputes a block from its carry.
+    """
+    structure, state = nnx.split(stacked)
+
+    def step(carry, layer):
+        layer_state, layer_input = layer
+        block = nnx.merge(structure, _map_variables(lambda axes: axes[1:], layer_state))
+        return body(block, carry, layer_input)
+
+    if remat == "block":
+        step = jax.checkpoint(step, prevent_cse=False)
+    return jax.lax.scan(step, carry, (state, inputs))
+
+
+def _map_variables(change: Callable[[tuple], tuple], state: nnx.State) -> nnx.State:
+    """The state with every variable's logical axes changed."""
+    return jax.tree.map(
+        lambda variable: variable.replace(logical_axes=change(variable.get_metadata("logical_axes"))),
+        state,
+        is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
+    )

@@ -1,0 +1,65 @@
+"""DeepSeekMoE: route, dispatch, experts, combine, plus the shared expert (DeepSeekMoE section 3, V3 section 2.1.2)."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.kernels.grouped_matmul import grouped_matmul
+from dsv3_jax.model.layers import FeedForward, parameter, swiglu
+from dsv3_jax.model.router import Router, balance_loss, expert_load
+from sharding.dispatch import combine, dispatch
+
+
+class RouterStatistics(NamedTuple):
+    """What one MoE block tells of its routing; stacked over blocks with a leading "layers" dim."""
+
+    load_E: Array
+    """int32, tokens sent to each expert, padding not counted."""
+    balance: Array
+    """float32, sequence-wise balance loss summed over the rows, without its weight."""
+
+
+class Experts(nnx.Module):
+    """E SwiGLU networks applied to rows grouped by expert."""
+
+    def __init__(self, model: ModelConfig, rngs: nnx.Rngs):
+        shape, hidden, std = (model.experts, model.width), model.expert_ffn_width, model.initializer_std
+        self.gate_up = parameter(rngs, (*shape, 2, hidden), ("experts", "width", "gate_up", "expert_ffn"), std)
+        self.down = parameter(rngs, (shape[0], hidden, shape[1]), ("experts", "expert_ffn", "width"), std)
+        self.dtype = jnp.dtype(model.precision)
+
+    def __call__(self, rows_MD: Array, group_sizes_E: Array) -> Array:
+        experts, width, _, hidden = self.gate_up.shape
+        gate_up = self.gate_up[...].astype(self.dtype).reshape(experts, width, 2 * hidden)
+        both = grouped_matmul(rows_MD.astype(self.dtype), gate_up, group_sizes_E)
+        hidden_MF = swiglu(both[:, :hidden], both[:, hidden:])
+        return grouped_matmul(hidden_MF, self.down[...].astype(self.dtype), group_sizes_E)
+
+
+class MixtureOfExperts(nnx.Module):
+    def __init__(self, model: ModelConfig, rngs: nnx.Rngs):
+        self.router = Router(model, rngs)
+        self.experts = Experts(model, rngs)
+        if model.shared_experts:
+            shared_width = model.shared_experts * model.expert_ffn_width
+            dtype = jnp.dtype(model.precision)
+            self.shared = FeedForward(model.width, shared_width, model.initializer_std, dtype, rngs)
+        self.model = model
+
+    def __call__(self, x_BSD: Array, valid_BS: Array) -> tuple[Array, RouterStatistics]:
+        """The block's output [B, S, D] and the statistics of its routing over the valid tokens.
+
+        Every token passes through all its experts: there is no capacity and nothing is dropped.
+        """
+        x_ND = x_BSD.reshape(-1, x_BSD.shape[-1])
+        routing = self.router(x_ND)
+        rows_MD, plan = dispatch(x_ND, routing.experts_NK, self.model.experts)
+        expert_rows_MD = self.experts(rows_MD, plan.group_sizes_E)
+        out_BSD = combine(expert_rows_MD, routing.weights_NK, plan).reshape(x_BSD.shape)
+        if self.model.shared_experts:
+            out_BSD = out_BSD + self.shared(x_BSD)
+        load_E = expert_load(routing.experts_NK, valid_BS.reshape(-1), self.model.experts)
+        return out_BSD, RouterStatistics(load_E, balance_loss(routing, valid_BS, self.model))

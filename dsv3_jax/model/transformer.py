@@ -1,0 +1,163 @@
+"""DeepSeek-V3: the map of the model.
+
+    tokens -> embed -> dense blocks -> MoE blocks (router -> dispatch -> experts -> combine, plus shared expert)
+           -> norm -> head -> logits
+    MTP branch: [embed(next token) ; hidden] -> block -> norm -> the same head -> logits one token further
+
+Dimension letters, in names and einsums:
+    B batch                 S sequence              T key positions         N tokens (B * S)
+    D width                 H heads                 Q query latent          C key-value latent
+    P no-rope head dim      R rope head dim         V value head dim        L layers
+    E experts               K experts a token       G groups                F feed-forward width
+    W vocabulary            M rows (N * K)          X cache width (C + R)
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from dsv3_jax.config import ModelConfig, check_model
+from dsv3_jax.model.block import Block
+from dsv3_jax.model.layers import RMSNorm, RouterBias, contract, parameter, scan_stack, stack
+from dsv3_jax.model.moe import RouterStatistics
+from dsv3_jax.model.mtp import MultiTokenPrediction
+from dsv3_jax.model.rope import rotation
+
+
+class Transformer(nnx.Module):
+    """The main model and its MTP modules. `Transformer(config.model, rngs=nnx.Rngs(seed))`; inside `nnx.eval_shape`
+    nothing is allocated. Raises ConfigError for a shape that cannot be built."""
+
+    def __init__(self, model: ModelConfig, rngs: nnx.Rngs):
+        check_model(model)
+        self.embedding = parameter(
+            rngs, (model.vocabulary, model.width), ("vocabulary", "width"), model.initializer_std
+        )
+        if model.dense_layers:
+            self.dense_blocks = stack(partial(Block, model, dense=True), model.dense_layers, rngs)
+        if model.moe_layers:
+            self.moe_blocks = stack(partial(Block, model, dense=False), model.moe_layers, rngs)
+        self.norm = RMSNorm(model.width, "width", model.norm_epsilon)
+        self.head = parameter(rngs, (model.width, model.vocabulary), ("width", "vocabulary"), model.initializer_std)
+        self.mtp = nnx.List([MultiTokenPrediction(model, rngs) for _ in range(model.mtp_depth)])
+        self.model = model
+
+    def __call__(self, tokens_BS: Array, positions_BS: Array | None = None, segment_ids_BS: Array | None = None) -> Array:
+        """Logits of the next token, float32 [B, S, W], of int32 tokens [B, S].
+
+        Positions are 0, 1, ... in every row unless given; segment ids, if given, isolate documents.
+        """
+        hidden_BSD, _ = self.hidden_states(tokens_BS, positions_BS, segment_ids_BS)
+        return self.logits(self.norm(hidden_BSD))
+
+    def hidden_states(
+        self,
+        tokens_BS: Array,
+        positions_BS: Array | None = None,
+        segment_ids_BS: Array | None = None,
+        valid_BS: Array | None = None,
+    ) -> tuple[Array, RouterStatistics | None]:
+        """The residual stream after the last block, before the final norm, and the MoE blocks' statistics.
+
+        `valid_BS` marks the tokens that count in the statistics; by default all.
+        """
+        by = rotation(self.model, _positions(tokens_BS, positions_BS))
+        valid_BS = jnp.ones(tokens_BS.shape, bool) if valid_BS is None else valid_BS
+
+        def body(block: Block, x_BSD: Array, _):
+            x_BSD, _, statistics = block(x_BSD, by, segment_ids_BS, valid_BS)
+            return x_BSD, statistics
+
+        x_BSD, statistics = self.embed(tokens_BS), None
+        for blocks in self._stacks():
+            x_BSD, statistics = scan_stack(blocks, body, x_BSD, remat=self.model.remat)
+        return x_BSD, statistics
+
+    def mtp_states(
+        self,
+        hidden_BSD: Array,
+        following_BSk: Array,
+        positions_BS: Array | None = None,
+        segment_ids_BS: Array | None = None,
+        valid_BSk: Array | None = None,
+    ) -> tuple[list[Array], list[RouterStatistics]]:
+        """Hidden states of every MTP module, each [B, S, D] and ready for the head, and its statistics.
+
+        Args:
+            hidden_BSD: what `hidden_states` returned.
+            following_BSk: int32 [B, S, mtp_depth], the token k after each position, k = 1, 2, ...; any id where there
+                is none: causality keeps it from the positions before.
+            positions_BS, segment_ids_BS: as in the main model.
+            valid_BSk: bool [B, S, mtp_depth], positions that count in module k's statistics.
+        """
+        by = rotation(self.model, _positions(hidden_BSD, positions_BS))
+        valid_BSk = jnp.ones(following_BSk.shape, bool) if valid_BSk is None else valid_BSk
+        states, statistics = [], []
+        state_BSD = self.norm(hidden_BSD) if self.model.mtp_input == "final_norm" else hidden_BSD
+        for depth, module in enumerate(self.mtp):
+            embedded_BSD = self.embed(following_BSk[:, :, depth])
+            state_BSD, of_module = module(state_BSD, embedded_BSD, by, segment_ids_BS, valid_BSk[:, :, depth])
+            states.append(state_BSD)
+            statistics.append(of_module)
+        return states, statistics
+
+    def prefill(self, tokens_BS: Array, cache_LBTX: Array) -> tuple[Array, Array]:
+        """Rows from position 0 into the cache. Returns the residual stream and the cache with entries 0 .. S - 1 written."""
+        by = rotation(self.model, _positions(tokens_BS, None))
+        valid_BS = jnp.ones(tokens_BS.shape, bool)
+
+        def body(block: Block, carry, layer: Array):
+            x_BSD, cache_LBTX = carry
+            x_BSD, latent_BSX, _ = block(x_BSD, by, None, valid_BS)
+            latent_BSX = latent_BSX.astype(cache_LBTX.dtype)
+            return (x_BSD, jax.lax.dynamic_update_slice(cache_LBTX, latent_BSX[None], (layer, 0, 0, 0))), None
+
+        return self._scan_with_cache(body, self.embed(tokens_BS), cache_LBTX)
+
+    def decode(self, tokens_BS: Array, cache_LBTX: Array, positions_BS: Array) -> tuple[Array, Array]:
+        """New tokens at `positions_BS` against the cache. Returns their residual stream and the cache with them written.
+
+        A position outside the cache is not written.
+        """
+        by = rotation(self.model, positions_BS)
+
+        def body(block: Block, carry, layer: Array):
+            return block.decode(carry[0], by, carry[1], layer, positions_BS), None
+
+        return self._scan_with_cache(body, self.embed(tokens_BS), cache_LBTX)
+
+    def empty_cache(self, batch: int, length: int) -> Array:
+        """[L, B, T, C + R] in the compute type: for each token and layer its normed latent and rotated key, nothing else."""
+        return jnp.zeros((self.model.layers, batch, length, self.model.cache_width), jnp.dtype(self.model.precision))
+
+    def router_biases(self) -> list[RouterBias]:
+        """Every selection bias: [L, E] of the MoE blocks, then [E] of each MTP module; none in a model without."""
+        if not self.model.selection_bias:
+            return []
+        of_blocks = [self.moe_blocks.feed_forward.router.bias] if self.model.moe_layers else []
+        return of_blocks + [module.block.feed_forward.router.bias for module in self.mtp]
+
+    def embed(self, tokens_BS: Array) -> Array:
+        return self.embedding[...].astype(jnp.dtype(self.model.precision))[tokens_BS]
+
+    def logits(self, hidden_BSD: Array) -> Array:
+        """Head on normed hidden states: float32 [B, S, W]."""
+        return contract("bsd,dw->bsw", hidden_BSD, self.head[...], jnp.dtype(self.model.precision), jnp.dtype(jnp.float32))
+
+    def _stacks(self) -> list[nnx.Module]:
+        return [getattr(self, name) for name in ("dense_blocks", "moe_blocks") if hasattr(self, name)]
+
+    def _scan_with_cache(self, body, x_BSD: Array, cache_LBTX: Array) -> tuple[Array, Array]:
+        first, carry = 0, (x_BSD, cache_LBTX)
+        for blocks, count in zip(self._stacks(), filter(None, (self.model.dense_layers, self.model.moe_layers))):
+            carry, _ = scan_stack(blocks, body, carry, jnp.arange(first, first + count))
+            first += count
+        return carry
+
+
+def _positions(rows: Array, positions_BS: Array | None) -> Array:
+    """int32 positions [B or 1, S], counting from 0 unless given."""
+    return jnp.arange(rows.shape[1], dtype=jnp.int32)[None] if positions_BS is None else positions_BS

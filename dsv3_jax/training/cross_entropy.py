@@ -1,0 +1,87 @@
+"""Cross entropy of a large vocabulary without the logits of all tokens in memory at once."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from dsv3_jax.model.layers import contract
+
+# Tokens whose logits exist at one time: 1024 rows of 129,280 logits are half a GiB.
+TOKENS_AT_ONCE = 1024
+
+
+def cross_entropy(hidden_ND: Array, head_DW: Array, labels_N: Array, counted_N: Array) -> Array:
+    """Sum of -log softmax(hidden @ head)[label] over the counted tokens, float32 scalar, in nats.
+
+    Args:
+        hidden_ND: normed hidden states; their type is the compute type of the matmuls.
+        head_DW: float32.
+        labels_N: int32; any id where not counted.
+        counted_N: bool.
+
+    Differentiated in reverse only. The forward pass already computes both gradients, because it has the softmax in
+    hand: three products a chunk and no recomputation.
+    """
+    return _cross_entropy(hidden_ND, head_DW, labels_N, counted_N)
+
+
+@jax.custom_vjp
+def _cross_entropy(hidden_ND, head_DW, labels_N, counted_N):
+    def chunk(total, rows):
+        hidden, labels, counted = rows
+        loss, _ = _chunk_loss(hidden, head_DW, labels, counted)
+        return total + loss, None
+
+    return jax.lax.scan(chunk, jnp.zeros((), jnp.float32), _chunks(hidden_ND, labels_N, counted_N))[0]
+
+
+def _forward(hidden_ND, head_DW, labels_N, counted_N):
+    def chunk(carry, rows):
+        total, head_gradient = carry
+        hidden, labels, counted = rows
+        loss, logit_gradient = _chunk_loss(hidden, head_DW, labels, counted)
+        dtype = hidden.dtype
+        hidden_gradient = contract("nw,dw->nd", logit_gradient, head_DW, dtype)
+        head_gradient += contract("nd,nw->dw", hidden, logit_gradient, dtype, jnp.dtype(jnp.float32))
+        return (total + loss, head_gradient), hidden_gradient
+
+    start = (jnp.zeros((), jnp.float32), jnp.zeros(head_DW.shape, jnp.float32))
+    (total, head_gradient), hidden_gradient = jax.lax.scan(chunk, start, _chunks(hidden_ND, labels_N, counted_N))
+    hidden_gradient = hidden_gradient.reshape(-1, hidden_ND.shape[1])[: hidden_ND.shape[0]]
+    return total, (hidden_gradient, head_gradient)
+
+
+def _backward(saved, cotangent):
+    hidden_gradient, head_gradient = saved
+    return (hidden_gradient * cotangent.astype(hidden_gradient.dtype), head_gradient * cotangent, None, None)
+
+
+_cross_entropy.defvjp(_forward, _backward)
+
+
+def _chunk_loss(hidden_ND: Array, head_DW: Array, labels_N: Array, counted_N: Array) -> tuple[Array, Array]:
+    """Summed loss of a chunk and its gradient in the logits [N, W]."""
+    logits_NW = contract("nd,dw->nw", hidden_ND, head_DW, hidden_ND.dtype, jnp.dtype(jnp.float32))
+    shifted_NW = logits_NW - logits_NW.max(axis=-1, keepdims=True)
+    powers_NW = jnp.exp(shifted_NW)
+    sums_N = powers_NW.sum(axis=-1)
+    label_logits_N = jnp.take_along_axis(shifted_NW, labels_N[:, None], axis=-1)[:, 0]
+    loss = jnp.sum(jnp.where(counted_N, jnp.log(sums_N) - label_logits_N, 0.0))
+    is_label_NW = labels_N[:, None] == jnp.arange(head_DW.shape[1])
+    return loss, (powers_NW * (counted_N / sums_N)[:, None]) - (is_label_NW & counted_N[:, None])
+
+
+def _chunks(hidden_ND: Array, labels_N: Array, counted_N: Array) -> tuple[Array, Array, Array]:
+    """The tokens cut into equal chunks, the last padded with tokens that do not count."""
+    tokens = hidden_ND.shape[0]
+    count = -(-tokens // TOKENS_AT_ONCE)
+    size = -(-tokens // count)
+    cut = functools.partial(_cut, count=count, size=size)
+    return cut(hidden_ND), cut(labels_N), cut(counted_N)
+
+
+def _cut(rows: Array, count: int, size: int) -> Array:
+    padding = [(0, count * size - rows.shape[0])] + [(0, 0)] * (rows.ndim - 1)
+    return jnp.pad(rows, padding).reshape(count, size, *rows.shape[1:])

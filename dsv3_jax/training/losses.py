@@ -1,0 +1,119 @@
+"""The objective: next token + lambda / D * MTP + alpha * balance (V3 equations 17-20, 24, 25)."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.transformer import Transformer
+from dsv3_jax.training.cross_entropy import cross_entropy
+
+
+class Batch(NamedTuple):
+    """Rows of one token more than the model reads, so that inputs and labels overlap; each int32 [B, S + 1]."""
+
+    tokens: Array
+    segment_ids: Array
+    """Document of each token within the row, from 1; 0 is padding. All 1 when documents are not isolated."""
+    positions: Array
+
+
+class Targets(NamedTuple):
+    """What each position reads ahead and predicts. Depth 0 is the main model, depth k the k-th MTP module."""
+
+    following: Array
+    """int32 [B, S, mtp_depth + 1]: token 1, 2, ... after each position; 0 past the row's end."""
+    counted: Array
+    """bool, same shape: the token exists and belongs to the position's own document."""
+
+
+class LossWeights(NamedTuple):
+    """float32 scalars that depend on how far the run is."""
+
+    mtp: Array
+    balance: Array
+
+
+class Losses(NamedTuple):
+    """Sums or means (as `loss_sums` or `mean_losses` returns them), float32."""
+
+    next_token: Array
+    """Scalar, nats a token."""
+    mtp: Array
+    """[mtp_depth], nats a token, each over its own valid positions."""
+    balance: Array
+    """Scalar, a row and layer: 1 is balanced. No weight applied."""
+
+
+class LossCounts(NamedTuple):
+    """Denominators over the whole batch of an optimizer step, so that any split of it gives the same gradient."""
+
+    tokens: Array
+    """int32 [mtp_depth + 1]: predicted tokens of each depth."""
+    rows: Array
+    """int32: rows with any token."""
+
+
+def targets(batch: Batch, mtp_depth: int) -> Targets:
+    """Labels and their validity. One shift for the next token, k + 1 for MTP depth k, none across documents."""
+    sequence = batch.tokens.shape[1] - 1
+    following, counted = [], []
+    for shift in range(1, mtp_depth + 2):
+        missing = ((0, 0), (0, shift - 1))
+        following.append(jnp.pad(batch.tokens[:, shift:], missing)[:, :sequence])
+        # Padding has segment 0, and so has everything past the end of the row.
+        segment = jnp.pad(batch.segment_ids[:, shift:], missing)[:, :sequence]
+        counted.append((segment == batch.segment_ids[:, :sequence]) & (segment > 0))
+    return Targets(jnp.stack(following, axis=-1), jnp.stack(counted, axis=-1))
+
+
+def loss_counts(batch: Batch, mtp_depth: int) -> LossCounts:
+    counted = targets(batch, mtp_depth).counted
+    return LossCounts(counted.sum(axis=(0, 1)), (batch.segment_ids[:, :-1] > 0).any(axis=1).sum())
+
+
+def loss_sums(model: Transformer, batch: Batch, *, isolate_documents: bool) -> tuple[Losses, list[Array]]:
+    """Sums of every loss over the batch, and the load [.., E] of every router in the order of `router_biases`."""
+    config = model.model
+    ahead = targets(batch, config.mtp_depth)
+    tokens_BS, positions_BS = batch.tokens[:, :-1], batch.positions[:, :-1]
+    present_BS = batch.segment_ids[:, :-1] > 0
+    segment_ids_BS = batch.segment_ids[:, :-1] if isolate_documents else None
+    hidden_BSD, of_blocks = model.hidden_states(tokens_BS, positions_BS, segment_ids_BS, present_BS)
+    states, of_modules = model.mtp_states(
+        hidden_BSD, ahead.following[..., :-1], positions_BS, segment_ids_BS, ahead.counted[..., 1:]
+    )
+
+    def token_loss(normed_BSD: Array, depth: int) -> Array:
+        return cross_entropy(
+            normed_BSD.reshape(-1, config.width),
+            model.head[...],
+            ahead.following[..., depth].reshape(-1),
+            ahead.counted[..., depth].reshape(-1),
+        )
+
+    mtp = [token_loss(state, depth) for depth, state in enumerate(states, start=1)]
+    statistics = ([of_blocks] if of_blocks is not None else []) + of_modules
+    losses = Losses(
+        token_loss(model.norm(hidden_BSD), 0),
+        jnp.stack(mtp) if mtp else jnp.zeros((0,), jnp.float32),
+        sum((one.balance.sum() for one in statistics), start=jnp.zeros((), jnp.float32)),
+    )
+    return losses, [one.load_E for one in statistics]
+
+
+def mean_losses(sums: Losses, counts: LossCounts, config: ModelConfig) -> Losses:
+    """Means from sums: a token, or a row and layer. A batch without any such token gives 0, not NaN."""
+    tokens = jnp.maximum(counts.tokens, 1)
+    routers = max(config.moe_layers + config.mtp_depth, 1)
+    return Losses(
+        sums.next_token / tokens[0], sums.mtp / tokens[1:], sums.balance / (jnp.maximum(counts.rows, 1) * routers)
+    )
+
+
+def objective(means: Losses, weights: LossWeights, config: ModelConfig) -> Array:
+    """The scalar that is minimised. The balance loss is summed over layers and averaged over rows."""
+    routers = config.moe_layers + config.mtp_depth
+    mtp = means.mtp.sum() / max(config.mtp_depth, 1)
+    return means.next_token + weights.mtp * mtp + weights.balance * routers * means.balance
