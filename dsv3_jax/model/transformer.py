@@ -72,7 +72,7 @@ class Transformer(nnx.Module):
             return x_BSD, statistics
 
         x_BSD, statistics = self.embed(tokens_BS), None
-        for blocks in self._stacks():
+        for blocks in self.stacks():
             x_BSD, statistics = scan_stack(blocks, body, x_BSD, remat=self.model.remat)
         return x_BSD, statistics
 
@@ -147,12 +147,13 @@ class Transformer(nnx.Module):
         """Head on normed hidden states: float32 [B, S, W]."""
         return contract("bsd,dw->bsw", hidden_BSD, self.head[...], jnp.dtype(self.model.precision), jnp.dtype(jnp.float32))
 
-    def _stacks(self) -> list[nnx.Module]:
+    def stacks(self) -> list[nnx.Module]:
+        """The dense blocks, then the MoE blocks; a stack without layers is left out."""
         return [getattr(self, name) for name in ("dense_blocks", "moe_blocks") if hasattr(self, name)]
 
     def _scan_with_cache(self, body, x_BSD: Array, cache_LBTX: Array) -> tuple[Array, Array]:
         first, carry = 0, (x_BSD, cache_LBTX)
-        for blocks, count in zip(self._stacks(), filter(None, (self.model.dense_layers, self.model.moe_layers))):
+        for blocks, count in zip(self.stacks(), filter(None, (self.model.dense_layers, self.model.moe_layers))):
             carry, _ = scan_stack(blocks, body, carry, jnp.arange(first, first + count))
             first += count
         return carry

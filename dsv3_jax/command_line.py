@@ -1,0 +1,197 @@
+"""The command line of train.py, and how errors end a program.
+
+    python train.py --config=NAME [--workdir=DIR] [--init=DIR] [--section.field=value ...]
+
+tyro makes the options, their types and the help text from the dataclasses; this file pairs options with values first,
+so that every mistake becomes one line.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import errno
+import importlib
+import io
+import os
+import pkgutil
+import sys
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import tyro
+
+import configs
+from dsv3_jax.config import Config, check
+from dsv3_jax.errors import ArgumentError, UserError
+
+USAGE = "python train.py --config=NAME [--workdir=DIR] [--init=DIR] [--section.field=value ...]"
+MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+@dataclass(frozen=True)
+class TrainArguments:
+    """One training run. Running the same command again resumes it from its last checkpoint."""
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    config_name: Annotated[str, tyro.conf.arg(name="config")]
+    """Name of a file in configs/; every option below defaults to its value there."""
+    workdir: Path
+    """Folder of the run: config.json, metrics, checkpoints, plots, summary.json."""
+    init: Path | None
+    """Start from the parameters of this workdir, checkpoint or Hugging Face directory."""
+
+
+def parse_train(argv: Sequence[str]) -> TrainArguments:
+    """The run that `argv` (without the program's name) asks for, checked.
+
+    `--field=value` and `--field value`, underscores and hyphens mean the same; the last of several wins. `--help`
+    prints and exits with 0.
+
+    Raises:
+        ArgumentError: unknown config or option, missing or unreadable value.
+        ConfigError: the values do not make a run.
+    """
+    if wants_help := any(argument in ("-h", "--help") for argument in argv):
+        argv = [argument for argument in argv if argument not in ("-h", "--help")]
+    given = _pair(argv)
+    if "config" not in given and wants_help:
+        print(_general_help())
+        raise SystemExit(0)
+    name = given.get("config")
+    defaults = TrainArguments(load_config(name), name or "", Path("runs") / (name or ""), None)
+    types = _field_types(TrainArguments)
+    for option in given:
+        if option not in types:
+            raise ArgumentError(f"--{option} is not an option{_suggestion(option, types, '--')}; --help lists them all")
+    if wants_help:
+        _tyro(["--help"], defaults)
+    for option, value in given.items():
+        if value is None:
+            raise ArgumentError(f"--{option} needs a value: {_expected(types[option])}")
+        _require_readable(option, value, types[option], defaults)
+    arguments = _tyro([f"--{option}={value}" for option, value in given.items()], defaults)
+    check(arguments.config)
+    return arguments
+
+
+def config_names() -> list[str]:
+    return sorted(module.name for module in pkgutil.iter_modules(configs.__path__))
+
+
+def load_config(name: str | None) -> Config:
+    """The value `config` of configs/NAME.py. Raises ArgumentError, with the list, where there is none."""
+    names = config_names()
+    if not name:
+        raise ArgumentError(f"--config=NAME is missing; NAME is one of {', '.join(names)}")
+    if name not in names:
+        raise ArgumentError(f"--config={name} does not exist{_suggestion(name, names)}; there are {', '.join(names)}")
+    return importlib.import_module(f"configs.{name}").config
+
+
+def run_main(function: Callable[[], None]) -> NoReturn:
+    """Run a program and exit. A user's mistake or a full disk is one line on stderr; a bug keeps its traceback.
+
+    Exit codes: 0, the error's own (2 arguments and configuration, 1 failed while running), 130 interrupted.
+    """
+    try:
+        function()
+    except UserError as error:
+        _exit(str(error), error.exit_code)
+    except BrokenPipeError:  # the reader of our output left, as in `--help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in MACHINE_ERRORS:
+            raise
+        _exit(str(error), 1)
+    except KeyboardInterrupt:
+        _exit("interrupted", 130)
+    sys.exit(0)
+
+
+def _exit(message: str, code: int) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _pair(argv: Sequence[str]) -> dict[str, str | None]:
+    """Option names, hyphens made underscores, with their values; None where no value follows."""
+    given: dict[str, str | None] = {}
+    remaining = list(argv)
+    while remaining:
+        argument = remaining.pop(0)
+        if not argument.startswith("--") or argument == "--":
+            raise ArgumentError(f"{argument!r} is not an option: write --section.field=value")
+        option, equals, value = argument[2:].partition("=")
+        if not equals:
+            value = remaining.pop(0) if remaining and not remaining[0].startswith("--") else None
+        given[option.replace("-", "_")] = value
+    return given
+
+
+def _field_types(of: type) -> dict[str, Any]:
+    """Dotted option name -> type, for every leaf."""
+    return dict(_leaves(of, ""))
+
+
+def _leaves(of: type, prefix: str) -> Iterator[tuple[str, Any]]:
+    hints = typing.get_type_hints(of, include_extras=True)
+    for field in dataclasses.fields(of):
+        hint, name = hints[field.name], field.name
+        if typing.get_origin(hint) is Annotated:
+            hint, argument = typing.get_args(hint)
+            name = argument.name
+        if dataclasses.is_dataclass(hint):
+            yield from _leaves(hint, f"{prefix}{name}." if name else prefix)
+        else:
+            yield prefix + name, hint
+
+
+def _require_readable(option: str, value: str, kind: Any, defaults: TrainArguments) -> None:
+    # tyro reports a bad value in a box on stderr and exits; one option at a time, its exit names the field.
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            _tyro([f"--{option}={value}"], defaults)
+    except SystemExit:
+        raise ArgumentError(f"--{option}={value} cannot be read: {_expected(kind)}") from None
+
+
+def _tyro(argv: list[str], defaults: TrainArguments) -> TrainArguments:
+    return tyro.cli(
+        TrainArguments,
+        prog="python train.py",
+        args=argv,
+        default=defaults,
+        use_underscores=True,
+        config=(tyro.conf.FlagConversionOff,),
+    )
+
+
+def _expected(kind: Any) -> str:
+    """A type in words: 'expected int or None', 'expected True or False', 'expected one of sigmoid, softmax'."""
+    if kind is bool:
+        return "expected True or False"
+    if typing.get_origin(kind) is typing.Literal:
+        return f"expected one of {', '.join(map(str, typing.get_args(kind)))}"
+    alternatives = typing.get_args(kind) or (kind,)
+    return "expected " + " or ".join("None" if one is type(None) else one.__name__ for one in alternatives)
+
+
+def _suggestion(word: str, known: typing.Iterable[str], mark: str = "") -> str:
+    """', did you mean X?', or nothing where no known word is close; a field without its section finds it too."""
+    known = list(known)
+    same_field = [name for name in known if name.rpartition(".")[2] == word.rpartition(".")[2]]
+    close = same_field or difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f" (did you mean {mark}{close[0]}?)" if close else ""
+
+
+def _general_help() -> str:
+    lines = [f"usage: {USAGE}", "", "configs:"]
+    width = max(map(len, config_names()))
+    for name in config_names():
+        summary = (importlib.import_module(f"configs.{name}").__doc__ or "").strip().partition("\n")[0]
+        lines.append(f"  {name:<{width}}  {summary}")
+    return "\n".join([*lines, "", "python train.py --config=NAME --help shows every field, its meaning and its value."])

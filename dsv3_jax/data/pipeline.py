@@ -1,0 +1,104 @@
+"""Documents in, batches out: shuffle, fill in the middle, tokenise, pack.
+
+A batch is a dict of int32 arrays [batch_size, sequence_length + 1]:
+    tokens        inputs are [:, :-1] and labels [:, 1:]
+    segment_ids   the document a token belongs to, counted from 1 in its row (all 1 unless data.isolate_documents);
+                  0 is padding
+    positions     0, 1, 2, ... in the row, or in the document's piece of it with data.isolate_documents
+Every document stands as [beginning] text [end] in the stream.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+import grain
+import numpy as np
+from tokenizers import Tokenizer
+
+from dsv3_jax.config import Config, ConfigError
+from dsv3_jax.data.documents import Document
+from dsv3_jax.data.fill_in_the_middle import cut_for_fill_in_the_middle
+from dsv3_jax.data.packing import PackedRows, overlapping_rows, segments_and_positions
+from dsv3_jax.data.tokenizer import SpecialTokens, encode, special_tokens
+
+# Documents tokenised ahead of the training step, in a thread: the tokenizers library releases the interpreter lock.
+READ_AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=16)
+
+
+def training_batches(source: Sequence[Document], tokenizer: Tokenizer, config: Config) -> grain.IterDataset:
+    """Endless batches, reshuffled and cut anew every epoch; `config.seed` decides everything.
+
+    The iterator's `get_state()` fits JSON and counts only what has been consumed: a new iterator given it by
+    `set_state` continues token for token. `close()` ends its thread.
+
+    Raises:
+        DataError: the tokenizer has no end-of-text token.
+        ConfigError: fill in the middle is asked for and the tokenizer has no tokens for it.
+    """
+    special, rate = special_tokens(tokenizer), config.data.fill_in_the_middle_rate
+    if rate > 0 and special.fim_begin is None:
+        raise ConfigError(
+            f"data.fill_in_the_middle_rate={rate} needs fill-in-the-middle tokens, which this tokenizer lacks: use 0"
+        )
+
+    def tokenise(document: Document, random: np.random.Generator) -> np.ndarray:
+        return training_tokens(document.text, tokenizer, special, rate, random)
+
+    def batch(tokens_BS: np.ndarray) -> dict[str, np.ndarray]:
+        segment_ids_BS, positions_BS = segments_and_positions(tokens_BS, special.end, config.data.isolate_documents)
+        return {"tokens": tokens_BS, "segment_ids": segment_ids_BS, "positions": positions_BS}
+
+    documents = grain.MapDataset.source(source).seed(config.seed).shuffle()
+    # Processes that read for themselves each take a slice of the shuffled documents here.
+    stream = documents.repeat().random_map(tokenise).to_iter_dataset(READ_AHEAD)
+    return PackedRows(stream, config.training.batch_size, config.training.sequence_length + 1).map(batch)
+
+
+def validation_batches(
+    source: Sequence[Document], tokenizer: Tokenizer, config: Config
+) -> Iterator[dict[str, np.ndarray]]:
+    """One pass in order, without shuffling or fill in the middle; the same batches every time.
+
+    Rows overlap by one token, so each token of the stream but the very first is predicted exactly once: the labels to
+    count are those with segment_ids[:, 1:] > 0. The last row and the last batch are padded.
+
+    Raises:
+        DataError: the tokenizer has no end-of-text token.
+    """
+    special, training = special_tokens(tokenizer), config.training
+    padding = special.end if special.padding is None else special.padding
+    documents = (_framed(encode(tokenizer, document.text), special) for document in source)
+    rows = overlapping_rows(documents, training.sequence_length + 1)
+    while batch := list(islice(rows, training.batch_size)):
+        tokens_BS = np.full((training.batch_size, training.sequence_length + 1), padding, np.int32)
+        real_BS = np.zeros(tokens_BS.shape, bool)
+        for index, row in enumerate(batch):
+            tokens_BS[index, : len(row)] = row
+            real_BS[index, : len(row)] = True
+        segment_ids_BS, positions_BS = segments_and_positions(tokens_BS, special.end, config.data.isolate_documents)
+        yield {
+            "tokens": tokens_BS,
+            "segment_ids": np.where(real_BS, segment_ids_BS, 0),
+            "positions": np.where(real_BS, positions_BS, 0),
+        }
+
+
+def validation_bytes(source: Sequence[Document]) -> bytes:
+    """The text the validation tokens stand for, for comparison with general-purpose compressors."""
+    return b"".join(document.text.encode() for document in source)
+
+
+def training_tokens(
+    text: str, tokenizer: Tokenizer, special: SpecialTokens, rate: float, random: np.random.Generator
+) -> np.ndarray:
+    """int32 tokens of one document, with probability `rate` in the order prefix, suffix, middle."""
+    pieces = cut_for_fill_in_the_middle(text, rate, random)
+    if pieces is None:
+        return _framed(encode(tokenizer, text), special)
+    prefix, suffix, middle = (encode(tokenizer, piece) for piece in (pieces.prefix, pieces.suffix, pieces.middle))
+    return _framed([special.fim_begin, *prefix, special.fim_hole, *suffix, special.fim_end, *middle], special)
+
+
+def _framed(ids: Sequence[int | None], special: SpecialTokens) -> np.ndarray:
+    beginning = [] if special.beginning is None else [special.beginning]
+    return np.array([*beginning, *ids, special.end], np.int32)

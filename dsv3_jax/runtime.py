@@ -1,0 +1,34 @@
+"""What a process sets up once, before jax starts: memory pages, the compilation cache."""
+
+import os
+import sys
+from pathlib import Path
+
+HUGE_PAGES = "glibc.malloc.hugetlb=1"
+
+
+def use_huge_pages() -> None:
+    """Start this program again with huge pages for large allocations, where Linux grants them only on request.
+
+    XLA:CPU allocates a step's temporaries anew each step, and touching them in 4 KiB pages takes a third of a small
+    model's training time (benchmarks/huge_pages.py). glibc reads this setting only when a process starts. Does nothing
+    on other systems, under a jax platform other than the CPU, or where GLIBC_TUNABLES already speaks of it.
+    """
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if "hugetlb" in tunables or not setting.exists() or "[madvise]" not in setting.read_text():
+        return
+    os.environ["GLIBC_TUNABLES"] = f"{tunables}:{HUGE_PAGES}" if tunables else HUGE_PAGES
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def use_compilation_cache() -> None:
+    """Keep compiled functions in JAX_COMPILATION_CACHE_DIR, by default ~/.cache/dsv3_jax/xla."""
+    import jax
+
+    if not jax.config.jax_compilation_cache_dir:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsv3_jax" / "xla"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

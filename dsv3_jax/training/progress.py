@@ -1,0 +1,52 @@
+"""What a person sees while a run trains: a bar on a terminal, a plain line now and then in a log file."""
+
+import sys
+import time
+
+from tqdm import tqdm
+
+PLAIN_INTERVAL = 15.0
+"""Seconds between lines where stderr is not a terminal."""
+
+
+class Progress:
+    """Steps done, loss, tokens a second and time left, on stderr."""
+
+    def __init__(self, steps: int, resume_step: int):
+        self._steps, self._start = steps, resume_step
+        self._began, self._shown = time.monotonic(), -PLAIN_INTERVAL
+        self._bar = tqdm(
+            total=steps,
+            initial=resume_step,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0,
+            miniters=1,
+            disable=not sys.stderr.isatty(),
+            bar_format="{n_fmt}/{total_fmt} {bar} {percentage:3.0f}%  {desc}{elapsed} < {remaining}",
+        )
+
+    def show(self, step: int, loss: float, tokens_per_second: float) -> None:
+        """Call at each logged step; the last step is always shown."""
+        text = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  "
+        self._bar.set_description_str(text, refresh=False)
+        self._bar.update(step - self._bar.n)
+        if self._bar.disable:
+            self._show_line(step, text)
+
+    def message(self, text: str) -> None:
+        """One line on stderr that leaves the bar whole."""
+        self._bar.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        self._bar.close()
+
+    def _show_line(self, step: int, text: str) -> None:
+        now = time.monotonic()
+        if now - self._shown < PLAIN_INTERVAL and step < self._steps:
+            return
+        self._shown = now
+        elapsed = now - self._began
+        left = elapsed / max(step - self._start, 1) * (self._steps - step)
+        times = f"{tqdm.format_interval(elapsed)} < {tqdm.format_interval(left)}"
+        print(f"step {step}/{self._steps}  {text}{times}", file=sys.stderr, flush=True)
