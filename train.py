@@ -10,9 +10,9 @@ if __name__ == "__main__":
 
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import jax
 from tokenizers import Tokenizer
 
 from dsv3_jax.command_line import TrainArguments, parse_train, run_main
@@ -21,16 +21,16 @@ from dsv3_jax.data.corpus import Corpus, open_corpus
 from dsv3_jax.data.pipeline import training_batches, validation_batches
 from dsv3_jax.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer, training_texts
 from dsv3_jax.model.functional import Skeleton, skeleton_of
-from dsv3_jax.training.checkpoint import Checkpoints, open_checkpoint, restore_part
-from dsv3_jax.training.evaluation import make_evaluate
+from dsv3_jax.training.checkpoint import Checkpoints, SavedModel, complete_steps, open_checkpoint, restore_part
+from dsv3_jax.training.evaluation import Evaluation, make_evaluate
 from dsv3_jax.training.flops import measured_matmul_rate
 from dsv3_jax.training.interruption import catch_signals
 from dsv3_jax.training.loop import Surroundings, run_steps
 from dsv3_jax.training.metrics import MetricsLog
-from dsv3_jax.training.progress import Progress
-from dsv3_jax.training.report import write_report
+from dsv3_jax.training.progress import Progress, note
+from dsv3_jax.training.report import Run, repeat_report, write_report
 from dsv3_jax.training.resume import read_config, refuse_other_model, refuse_other_run, write_config
-from dsv3_jax.training.step import TrainState, initial_state
+from dsv3_jax.training.step import TrainState, abstract_state, compile_train_step, initial_state
 
 
 def main() -> None:
@@ -45,79 +45,95 @@ def train(arguments: TrainArguments, interrupted: Callable[[], bool]) -> None:
     config, workdir = arguments.config, arguments.workdir
     if saved := read_config(workdir):
         refuse_other_run(saved, config, workdir)
+        if repeat_report(workdir):
+            return
     corpus = open_corpus(config.data)
-    tokenizer = run_tokenizer(arguments, corpus)
-    write_config(workdir, config)
-
+    documents = f"{len(corpus.train)} documents to train on, {len(corpus.validation)} held out"
+    note(f"corpus {config.data.path}: {documents}")
+    source = open_source(arguments)
+    tokenizer = given_tokenizer(arguments, source)
     skeleton = skeleton_of(config.model)
+    # Compiling needs only the config: it goes on in the background while tokenizer, parameters and data get ready.
+    train_step = ThreadPoolExecutor(1).submit(compile_train_step, config, skeleton)
+    tokenizer = tokenizer or new_tokenizer(config, corpus)
     batches = iter(training_batches(corpus.train, tokenizer, config))
+    # From here on the workdir is this run's: whatever could be refused has been.
+    write_config(workdir, config)
+    save_tokenizer(tokenizer, kept_tokenizer(workdir))
+
     checkpoints = Checkpoints(workdir / "checkpoints", config, tokenizer.to_str())
-    state, data_state = first_state(arguments, skeleton, checkpoints)
+    state, data_state = first_state(config, skeleton, checkpoints, source)
     if data_state:
         batches.set_state(data_state)
-
     evaluate = make_evaluate(config, skeleton)
 
-    def validate(state: TrainState):
+    def validate(state: TrainState) -> Evaluation:
         held_out = validation_batches(corpus.validation, tokenizer, config)
         return evaluate(state.parameters, state.router_bias, held_out)
 
     step = int(state.step)
+    note("compiling the training step; the next run finds it in the cache")
     log, progress = MetricsLog(workdir, step), Progress(config.training.steps, step)
-    rate = measured_matmul_rate(config.model, rows_at_once(config))
-    around = Surroundings(batches, checkpoints, log, progress, validate, interrupted, rate)
     try:
-        result = run_steps(state, config, skeleton, around)
+        compiled_step = train_step.result()
+        rate = measured_matmul_rate(config.model, rows_at_once(config))
+        around = Surroundings(batches, checkpoints, log, progress, validate, interrupted, rate)
+        result = run_steps(state, compiled_step, config, skeleton, around)
         if not result.finished:
             progress.message(f"stopped at step {int(result.state.step)}; the same command goes on from there")
             return
     finally:
         for resource in (progress, log, batches, checkpoints):
             resource.close()
-    write_report(result, config, workdir, corpus, tokenizer, skeleton, validate(result.state), rate)
+    write_report(Run(config, workdir, corpus, tokenizer, skeleton), result, validate(result.state), rate)
 
 
-def run_tokenizer(arguments: TrainArguments, corpus: Corpus) -> Tokenizer:
-    """The tokenizer kept in the workdir; on a first start that of `--init`, that of data.tokenizer, or a new one."""
-    config, kept = arguments.config, arguments.workdir / "tokenizer.json"
+def open_source(arguments: TrainArguments) -> SavedModel | None:
+    """The checkpoint of `--init`, of the same model; None without it, and once the run has a checkpoint of its own."""
+    if arguments.init is None or complete_steps(arguments.workdir / "checkpoints"):
+        return None
+    source = open_checkpoint(arguments.init)
+    refuse_other_model(source.config, arguments.config, arguments.init)
+    return source
+
+
+def given_tokenizer(arguments: TrainArguments, source: SavedModel | None) -> Tokenizer | None:
+    """The tokenizer kept in the workdir; on a first start that of data.tokenizer or `--init`; None: to be trained."""
+    config, kept = arguments.config, kept_tokenizer(arguments.workdir)
+    of_source = Tokenizer.from_str(source.tokenizer) if source else None
     if kept.exists():
-        return load_tokenizer(kept, config.model.vocabulary)
-    if config.data.tokenizer != "train":
+        tokenizer = load_tokenizer(kept, config.model.vocabulary)
+    elif config.data.tokenizer != "train":
         tokenizer = load_tokenizer(config.data.tokenizer, config.model.vocabulary)
-    elif arguments.init:
-        tokenizer = Tokenizer.from_str(open_checkpoint(arguments.init).tokenizer)
     else:
-        tokenizer = train_tokenizer(training_texts(corpus.train), config.model.vocabulary)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    save_tokenizer(tokenizer, kept)
-    return load_tokenizer(kept, config.model.vocabulary)
+        return of_source
+    if of_source and of_source.get_vocab() != tokenizer.get_vocab():
+        raise ConfigError(
+            f"data.tokenizer={config.data.tokenizer} is not the tokenizer of --init={arguments.init}: leave it out"
+        )
+    return tokenizer
+
+
+def new_tokenizer(config: Config, corpus: Corpus) -> Tokenizer:
+    note(f"tokenizer: training a byte-level BPE of {config.model.vocabulary} entries")
+    return train_tokenizer(training_texts(corpus.train), config.model.vocabulary)
+
+
+def kept_tokenizer(workdir: Path) -> Path:
+    return workdir / "tokenizer.json"
 
 
 def first_state(
-    arguments: TrainArguments, skeleton: Skeleton, checkpoints: Checkpoints
+    config: Config, skeleton: Skeleton, checkpoints: Checkpoints, source: SavedModel | None
 ) -> tuple[TrainState, dict | None]:
-    """The last checkpoint's state and data position, or a fresh state, with the parameters of `--init` if given."""
-    config = arguments.config
-    abstract = jax.eval_shape(lambda: initial_state(config, skeleton))
-    if restored := checkpoints.restore_latest(abstract):
+    """The last checkpoint's state and data position, or a fresh state, with the parameters of the source if given."""
+    if restored := checkpoints.restore_latest(abstract_state(config, skeleton)):
         return restored.state, restored.data_state
     state = initial_state(config, skeleton)
-    if arguments.init:
-        state = with_parameters_of(arguments.init, state, arguments)
+    if source:
+        parts = {"parameters": state.parameters, "router_bias": state.router_bias}
+        state = state._replace(**restore_part(source.directory, parts))
     return state, None
-
-
-def with_parameters_of(source: Path, state: TrainState, arguments: TrainArguments) -> TrainState:
-    """The state with parameters and router biases of a checkpoint of the same model and tokenizer."""
-    saved = open_checkpoint(source)
-    refuse_other_model(saved.config, arguments.config, source)
-    kept = (arguments.workdir / "tokenizer.json").read_text(encoding="utf-8")
-    if Tokenizer.from_str(saved.tokenizer).get_vocab() != Tokenizer.from_str(kept).get_vocab():
-        raise ConfigError(
-            f"data.tokenizer={arguments.config.data.tokenizer} is not the tokenizer of --init={source}: leave it out"
-        )
-    parts = {"parameters": state.parameters, "router_bias": state.router_bias}
-    return state._replace(**restore_part(saved.directory, parts))
 
 
 def rows_at_once(config: Config) -> int:

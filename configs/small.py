@@ -1,4 +1,4 @@
-"""A DeepSeek-V3 of 28M parameters that a laptop CPU trains overnight and a GPU in minutes.
+"""A DeepSeek-V3 of 191M parameters, of which a token passes 29M: hours on a laptop CPU, minutes on a GPU.
 
 python train.py --config=small
 """

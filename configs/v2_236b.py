@@ -3,7 +3,8 @@
 python train.py --config=v2_236b --data.path=CORPUS --data.tokenizer=tokenizer.json
 Hardware: a pod. Pre-training shape with plain RoPE; the released weights extend it with yarn_factor=40, mscale 0.707.
 V2 steps its learning rate down by 0.316 at 60% and 90% of the run; this config uses the V3 shape.
-V2 balanced with expert, device and communication losses; here the sequence-wise loss of V3 with V2's expert-level weight.
+V2 balanced with expert, device and communication losses; here the sequence-wise loss of V3 with V2's expert-level
+weight.
 """
 
 from dsv3_jax.config import Config, DataConfig, LossConfig, ModelConfig, OptimizerConfig, TrainingConfig

@@ -2,7 +2,8 @@
 
 python train.py --config=v2_lite --data.path=CORPUS --data.tokenizer=tokenizer.json
 Hardware: one host of accelerators. Pre-training shape with plain RoPE; the released weights extend it with
-yarn_factor=40, mscale 0.707. V2-Lite steps its learning rate down by 0.316 at 80% and 90%; this config uses the V3 shape.
+yarn_factor=40, mscale 0.707. V2-Lite steps its learning rate down by 0.316 at 80% and 90%; this config uses
+the V3 shape.
 """
 
 from dsv3_jax.config import Config, DataConfig, LossConfig, ModelConfig, OptimizerConfig, TrainingConfig

@@ -74,6 +74,8 @@ def parse_train(argv: Sequence[str]) -> TrainArguments:
         _require_readable(option, value, types[option], defaults)
     arguments = _tyro([f"--{option}={value}" for option, value in given.items()], defaults)
     check(arguments.config)
+    if arguments.workdir.exists() and not arguments.workdir.is_dir():
+        raise ArgumentError(f"--workdir={arguments.workdir} is a file: give a folder")
     return arguments
 
 
@@ -125,7 +127,8 @@ def _pair(argv: Sequence[str]) -> dict[str, str | None]:
         argument = remaining.pop(0)
         if not argument.startswith("--") or argument == "--":
             raise ArgumentError(f"{argument!r} is not an option: write --section.field=value")
-        option, equals, value = argument[2:].partition("=")
+        option, equals, text = argument[2:].partition("=")
+        value: str | None = text
         if not equals:
             value = remaining.pop(0) if remaining and not remaining[0].startswith("--") else None
         given[option.replace("-", "_")] = value
@@ -137,7 +140,7 @@ def _field_types(of: type) -> dict[str, Any]:
     return dict(_leaves(of, ""))
 
 
-def _leaves(of: type, prefix: str) -> Iterator[tuple[str, Any]]:
+def _leaves(of: Any, prefix: str) -> Iterator[tuple[str, Any]]:
     hints = typing.get_type_hints(of, include_extras=True)
     for field in dataclasses.fields(of):
         hint, name = hints[field.name], field.name

@@ -250,8 +250,8 @@ def check(config: Config) -> None:
         )
     if training.steps < 1:
         raise ConfigError(
-            f"training.tokens={training.tokens} is less than one step: it must be at least batch_size * sequence_length "
-            f"= {training.batch_size * training.sequence_length}"
+            f"training.tokens={training.tokens} is less than one step: it must be at least "
+            f"batch_size * sequence_length = {training.batch_size * training.sequence_length}"
         )
     if training.sequence_length > config.model.maximum_positions:
         raise ConfigError(
@@ -264,6 +264,8 @@ def check(config: Config) -> None:
         )
     for name in ("validation_share", "fill_in_the_middle_rate"):
         _between(f"data.{name}", getattr(data, name), 0.0, 1.0)
+    if data.validation_share == 0.0:
+        raise ConfigError("data.validation_share=0.0 must be above 0: a run ends with a validation")
     if not data.path:
         raise ConfigError("data.path='' is empty: give 'stdlib', or a file, folder or glob")
     if not optimizer.learning_rate > 0:
@@ -272,13 +274,23 @@ def check(config: Config) -> None:
     shares = (optimizer.constant_until, optimizer.cosine_until, optimizer.first_tail_until)
     if not 0.0 <= shares[0] <= shares[1] <= shares[2] <= 1.0:
         raise ConfigError(
-            f"optimizer.constant_until, cosine_until, first_tail_until = {shares} must rise from 0 to 1: each is a share of the run"
+            f"optimizer.constant_until, cosine_until, first_tail_until = {shares} must rise from 0 to 1: "
+            "each is a share of the run"
         )
     for name in ("beta1", "beta2"):
-        _between(f"optimizer.{name}", getattr(optimizer, name), 0.0, 1.0)
+        if not 0.0 <= getattr(optimizer, name) < 1.0:
+            raise ConfigError(f"optimizer.{name}={getattr(optimizer, name)} must be at least 0 and below 1")
     for name in ("epsilon", "clip_norm"):
         if not getattr(optimizer, name) > 0:
             raise ConfigError(f"optimizer.{name}={getattr(optimizer, name)} must be above 0")
+    for section, name in (
+        ("optimizer", "weight_decay"),
+        ("loss", "balance_weight"),
+        ("loss", "bias_speed"),
+        ("loss", "mtp_weight"),
+        ("loss", "mtp_late_weight"),
+    ):
+        _at_least(f"{section}.{name}", getattr(getattr(config, section), name), 0)
     for name in ("bias_until", "mtp_weight_until"):
         _between(f"loss.{name}", getattr(loss, name), 0.0, 1.0)
     _at_least("checkpoint.interval", config.checkpoint.interval, 1)

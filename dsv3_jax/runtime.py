@@ -28,7 +28,7 @@ def use_compilation_cache() -> None:
     """Keep compiled functions in JAX_COMPILATION_CACHE_DIR, by default ~/.cache/dsv3_jax/xla."""
     import jax
 
-    if not jax.config.jax_compilation_cache_dir:
+    if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsv3_jax" / "xla"
         jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

@@ -32,7 +32,9 @@ def dispatch(x_ND: Array, experts_NK: Array, experts: int) -> tuple[Array, Dispa
     tokens, choices = experts_NK.shape
     flat_M = experts_NK.reshape(-1)
     choice_M = jnp.argsort(flat_M, stable=True).astype(jnp.int32)
-    row_M = jnp.zeros_like(choice_M).at[choice_M].set(jnp.arange(tokens * choices, dtype=jnp.int32), unique_indices=True)
+    row_M = (
+        jnp.zeros_like(choice_M).at[choice_M].set(jnp.arange(tokens * choices, dtype=jnp.int32), unique_indices=True)
+    )
     group_sizes_E = jnp.sum(flat_M[:, None] == jnp.arange(experts), axis=0, dtype=jnp.int32)
     plan = DispatchPlan(group_sizes_E, choice_M // choices, choice_M, row_M.reshape(tokens, choices))
     return _spread(x_ND, plan), plan

@@ -6,6 +6,7 @@ Opening a file reads only what finding its rows takes; a text is read when asked
 import json
 from array import array
 from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -21,6 +22,16 @@ class Document:
 
     name: str
     text: str
+
+
+class DocumentSource(Protocol):
+    """Documents by number: a list, or `corpus.Documents`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Document: ...
+
+    def __iter__(self) -> Iterator[Document]: ...
 
 
 class DocumentFile(Protocol):

@@ -8,45 +8,45 @@ import numpy as np
 
 
 class PackedRows(grain.IterDataset[np.ndarray]):
-    """Batches of rows cut from the concatenation of documents; no token is lost, added or padded.
+    """Rows cut from the concatenation of documents; no token is lost, added or padded.
 
-    Parent: an endless dataset of int32 arrays, one a document. Elements: int32 [batch_size, row_length].
+    Parent: an endless dataset of int32 arrays, one a document. Elements: int32 [row_length].
 
     grain's own ConcatThenSplitIterDataset (0.2.18) loses a document when its state has been through JSON, as in a
     checkpoint: it compares a tuple with the list that comes back. This state is the parent's before the current
     document, and how many of that document's tokens are used.
     """
 
-    def __init__(self, parent: grain.IterDataset[np.ndarray], batch_size: int, row_length: int):
+    def __init__(self, parent: grain.IterDataset[np.ndarray], row_length: int):
         super().__init__(parent)
-        self._shape = (batch_size, row_length)
+        self._row_length = row_length
 
     def __iter__(self) -> grain.DatasetIterator[np.ndarray]:
-        return _PackedRowsIterator(self._parent.__iter__(), self._shape)
+        return _PackedRowsIterator(self._parent.__iter__(), self._row_length)
 
 
 class _PackedRowsIterator(grain.DatasetIterator[np.ndarray]):
-    def __init__(self, parent: grain.DatasetIterator[np.ndarray], shape: tuple[int, int]):
+    def __init__(self, parent: grain.DatasetIterator[np.ndarray], row_length: int):
         super().__init__(parent)
-        self._shape = shape
+        self._row_length = row_length
         self._before_document = parent.get_state()
         self._document = np.zeros(0, np.int32)
         self._used = 0
 
     def __next__(self) -> np.ndarray:
         self._assert_not_closed()
-        stream = np.empty(self._shape[0] * self._shape[1], np.int32)
+        row = np.empty(self._row_length, np.int32)
         filled = 0
-        while filled < len(stream):
+        while filled < len(row):
             if self._used == len(self._document):
                 self._before_document = self._parent.get_state()
                 self._document = next(self._parent)
                 self._used = 0
-            piece = self._document[self._used : self._used + len(stream) - filled]
-            stream[filled : filled + len(piece)] = piece
+            piece = self._document[self._used : self._used + len(row) - filled]
+            row[filled : filled + len(piece)] = piece
             filled += len(piece)
             self._used += len(piece)
-        return stream.reshape(self._shape)
+        return row
 
     def get_state(self) -> dict[str, Any]:
         return {"before_document": self._before_document, "used": self._used}

@@ -1,4 +1,4 @@
-"""Documents in, batches out: shuffle, fill in the middle, tokenise, pack.
+"""Documents in, batches out: shuffle, fill in the middle, tokenise, pack, shuffle the rows.
 
 A batch is a dict of int32 arrays [batch_size, sequence_length + 1]:
     tokens        inputs are [:, :-1] and labels [:, 1:]
@@ -16,20 +16,38 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from dsv3_jax.config import Config, ConfigError
-from dsv3_jax.data.documents import Document
+from dsv3_jax.data.documents import Document, DocumentSource
 from dsv3_jax.data.fill_in_the_middle import cut_for_fill_in_the_middle
 from dsv3_jax.data.packing import PackedRows, overlapping_rows, segments_and_positions
 from dsv3_jax.data.tokenizer import SpecialTokens, encode, special_tokens
 
 # Documents tokenised ahead of the training step, in a thread: the tokenizers library releases the interpreter lock.
-READ_AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=16)
+READ_AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=64)
+
+# A document is many rows long. Without a second shuffle they would fill whole batches, and the gradient of a batch
+# would be that of one document.
+ROWS_SHUFFLED = 1024
 
 
-def training_batches(source: Sequence[Document], tokenizer: Tokenizer, config: Config) -> grain.IterDataset:
-    """Endless batches, reshuffled and cut anew every epoch; `config.seed` decides everything.
+def training_batches(source: DocumentSource, tokenizer: Tokenizer, config: Config) -> grain.IterDataset:
+    """Endless batches of shuffled rows; `config.seed` decides everything.
 
     The iterator's `get_state()` fits JSON and counts only what has been consumed: a new iterator given it by
-    `set_state` continues token for token. `close()` ends its thread.
+    `set_state` continues token for token. `close()` ends its thread. Raises what `training_rows` raises.
+    """
+    end = special_tokens(tokenizer).end
+
+    def batch(tokens_BS: np.ndarray) -> dict[str, np.ndarray]:
+        segment_ids_BS, positions_BS = segments_and_positions(tokens_BS, end, config.data.isolate_documents)
+        return {"tokens": tokens_BS, "segment_ids": segment_ids_BS, "positions": positions_BS}
+
+    rows = training_rows(source, tokenizer, config)
+    shuffled = grain.experimental.WindowShuffleIterDataset(rows, window_size=ROWS_SHUFFLED, seed=config.seed)
+    return shuffled.batch(config.training.batch_size).map(batch)
+
+
+def training_rows(source: DocumentSource, tokenizer: Tokenizer, config: Config) -> grain.IterDataset:
+    """Endless rows [sequence_length + 1] cut from the documents, which are reshuffled and cut anew every epoch.
 
     Raises:
         DataError: the tokenizer has no end-of-text token.
@@ -44,19 +62,13 @@ def training_batches(source: Sequence[Document], tokenizer: Tokenizer, config: C
     def tokenise(document: Document, random: np.random.Generator) -> np.ndarray:
         return training_tokens(document.text, tokenizer, special, rate, random)
 
-    def batch(tokens_BS: np.ndarray) -> dict[str, np.ndarray]:
-        segment_ids_BS, positions_BS = segments_and_positions(tokens_BS, special.end, config.data.isolate_documents)
-        return {"tokens": tokens_BS, "segment_ids": segment_ids_BS, "positions": positions_BS}
-
     documents = grain.MapDataset.source(source).seed(config.seed).shuffle()
     # Processes that read for themselves each take a slice of the shuffled documents here.
     stream = documents.repeat().random_map(tokenise).to_iter_dataset(READ_AHEAD)
-    return PackedRows(stream, config.training.batch_size, config.training.sequence_length + 1).map(batch)
+    return PackedRows(stream, config.training.sequence_length + 1)
 
 
-def validation_batches(
-    source: Sequence[Document], tokenizer: Tokenizer, config: Config
-) -> Iterator[dict[str, np.ndarray]]:
+def validation_batches(source: DocumentSource, tokenizer: Tokenizer, config: Config) -> Iterator[dict[str, np.ndarray]]:
     """One pass in order, without shuffling or fill in the middle; the same batches every time.
 
     Rows overlap by one token, so each token of the stream but the very first is predicted exactly once: the labels to
@@ -83,7 +95,7 @@ def validation_batches(
         }
 
 
-def validation_bytes(source: Sequence[Document]) -> bytes:
+def validation_bytes(source: DocumentSource) -> bytes:
     """The text the validation tokens stand for, for comparison with general-purpose compressors."""
     return b"".join(document.text.encode() for document in source)
 

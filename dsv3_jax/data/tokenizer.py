@@ -7,7 +7,7 @@ ordinary text, and only ids put a special token into a stream.
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dsv3_jax.config import ConfigError
-from dsv3_jax.data.documents import Document
+from dsv3_jax.data.documents import DocumentSource
 from dsv3_jax.data.errors import DataError
 
 # DeepSeek's spelling: fullwidth bars (U+FF5C) and U+2581 between words, not the ASCII of the paper.
@@ -96,7 +96,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
     return _without_injection(tokenizer)
 
 
-def training_texts(source: Sequence[Document]) -> Iterator[str]:
+def training_texts(source: DocumentSource) -> Iterator[str]:
     """Texts to train a tokenizer on: documents in a fixed random order until `TRAINING_BYTES` are reached."""
     size = 0
     for index in np.random.default_rng(0).permutation(len(source)).tolist():

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-# Query rows are taken in at most this many blocks, each against no more keys than causality allows: half of the
+# Query rows are taken in at most this many blocks, each against no more keys than causality allows: up to half of the
 # products and of the softmax are never computed. The count is bounded because the blocks are unrolled.
 QUERY_BLOCKS = 8
-SMALLEST_QUERY_BLOCK = 64
+SMALLEST_QUERY_BLOCK = 128
 
 
 def causal_attention(
@@ -25,6 +25,7 @@ def causal_attention(
         [B, S, H, V] in the type of the values. Logits and softmax are float32.
     """
     sequence = query_BSHd.shape[1]
+    query_BHSd, key_BHSd, value_BHSV = (x.swapaxes(1, 2) for x in (query_BSHd, key_BSHd, value_BSHV))
     block = max(-(-sequence // QUERY_BLOCKS), SMALLEST_QUERY_BLOCK)
     outputs = []
     for start in range(0, sequence, block):
@@ -32,14 +33,14 @@ def causal_attention(
         visible = jnp.arange(stop)[None, None, :] <= jnp.arange(start, stop)[None, :, None]
         if segment_ids_BS is not None:
             visible &= segment_ids_BS[:, None, :stop] == segment_ids_BS[:, start:stop, None]
-        outputs.append(
-            _attention(query_BSHd[:, start:stop], key_BSHd[:, :stop], value_BSHV[:, :stop], scale, visible)
-        )
-    return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
+        query, key, value = query_BHSd[:, :, start:stop], key_BHSd[:, :, :stop], value_BHSV[:, :, :stop]
+        weights_BHST = _softmax(_product("bhsd,bhtd->bhst", query, key, jnp.float32) * scale, visible[:, None])
+        outputs.append(_product("bhst,bhtv->bhsv", weights_BHST.astype(value.dtype), value, value.dtype))
+    return jnp.concatenate(outputs, axis=2).swapaxes(1, 2)
 
 
 def absorbed_attention(query_BSHX: Array, cache_BTX: Array, rank: int, scale: float, positions_BS: Array) -> Array:
-    """Attention of absorbed queries over a latent cache: one key, shared by all heads, of which the first part is the value.
+    """Attention of absorbed queries over a latent cache: one key for all heads, of which the first part is the value.
 
     Args:
         query_BSHX: [B, S, H, C + R].
@@ -51,16 +52,15 @@ def absorbed_attention(query_BSHX: Array, cache_BTX: Array, rank: int, scale: fl
     Returns:
         [B, S, H, C] in the type of the queries. Logits and softmax are float32.
     """
+    batch, new, heads, width = query_BSHX.shape
+    # All heads share the keys, so tokens and heads together are the rows of one matmul; and the values are taken from
+    # the product with the whole entries, because slicing them out first would copy the cache.
     visible_BST = jnp.arange(cache_BTX.shape[1])[None, None, :] <= positions_BS[:, :, None]
-    logits_BHST = _product("bshx,btx->bhst", query_BSHX, cache_BTX, jnp.float32) * scale
-    weights_BHST = _softmax(logits_BHST, visible_BST[:, None]).astype(query_BSHX.dtype)
-    return _product("bhst,btc->bshc", weights_BHST, cache_BTX[..., :rank], query_BSHX.dtype)
-
-
-def _attention(query_BSHd: Array, key_BTHd: Array, value_BTHV: Array, scale: float, visible_BST: Array) -> Array:
-    logits_BHST = _product("bshd,bthd->bhst", query_BSHd, key_BTHd, jnp.float32) * scale
-    weights_BHST = _softmax(logits_BHST, visible_BST[:, None]).astype(value_BTHV.dtype)
-    return _product("bhst,bthv->bshv", weights_BHST, value_BTHV, value_BTHV.dtype)
+    query_BMX = query_BSHX.reshape(batch, new * heads, width)
+    logits_BMT = _product("bmx,btx->bmt", query_BMX, cache_BTX, jnp.float32) * scale
+    weights_BMT = _softmax(logits_BMT, jnp.repeat(visible_BST, heads, axis=1)).astype(query_BSHX.dtype)
+    mixed_BMX = _product("bmt,btx->bmx", weights_BMT, cache_BTX, query_BSHX.dtype)
+    return mixed_BMX.reshape(query_BSHX.shape)[..., :rank]
 
 
 def _softmax(logits: Array, visible: Array) -> Array:

@@ -1,5 +1,7 @@
 """Grouped matmul: rows sorted by group, each group times its own matrix. The cost follows the rows, not the groups."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -33,7 +35,7 @@ def _ragged_dot(rows_MD: Array, weights_EDF: Array, group_sizes_E: Array) -> Arr
 @jax.custom_vjp
 def blocked_grouped_matmul(rows_MD: Array, weights_EDF: Array, group_sizes_E: Array) -> Array:
     """`grouped_matmul` as a loop over blocks of rows, one plain matmul a block."""
-    return _blocked_rows(rows_MD, weights_EDF, group_sizes_E, lambda block, weight: block @ weight, weights_EDF.shape[2])
+    return _blocked_rows(rows_MD, weights_EDF, group_sizes_E, jnp.matmul, weights_EDF.shape[2])
 
 
 def _forward(rows_MD, weights_EDF, group_sizes_E):
@@ -51,6 +53,27 @@ def _backward(saved, gradient_MF):
 blocked_grouped_matmul.defvjp(_forward, _backward)
 
 
+class _Blocks(NamedTuple):
+    """The plan of a loop over blocks of rows, none of which spans two groups; entries past `number` are not used."""
+
+    number: Array
+    group: Array
+    start: Array
+    """First row of the block."""
+    stop: Array
+    """End of the rows of the block's group."""
+
+
+def _blocks(rows: int, height: int, group_sizes_E: Array) -> _Blocks:
+    """Blocks of `height` rows, the last of each group possibly fewer."""
+    blocks_E = -(-group_sizes_E // height)
+    last_E, stop_E = jnp.cumsum(blocks_E), jnp.cumsum(group_sizes_E)
+    index = jnp.arange(rows // height + group_sizes_E.shape[0])
+    group = jnp.minimum(jnp.sum(last_E <= index[:, None], axis=1), group_sizes_E.shape[0] - 1)
+    start = (stop_E - group_sizes_E)[group] + (index - (last_E - blocks_E)[group]) * height
+    return _Blocks(last_E[-1], group, start, stop_E[group])
+
+
 def _blocked_rows(rows, weights, group_sizes_E, product, width) -> Array:
     """[M, width]: product(block of rows, its group's matrix), block by block.
 
@@ -58,38 +81,40 @@ def _blocked_rows(rows, weights, group_sizes_E, product, width) -> Array:
     overwritten by the next group's first block. Only a block that would pass the end of the array is shifted back, and
     keeps the rows already written.
     """
-    count, block = rows.shape[0], _block_height(rows.shape[0], weights.shape[0])
+    count, height = rows.shape[0], _block_height(rows.shape[0], weights.shape[0])
+    blocks = _blocks(count, height, group_sizes_E)
 
     def body(index, out):
-        group, start, _ = _locate(index, block, group_sizes_E)
-        first = jnp.minimum(start, count - block)
-        taken = jax.lax.dynamic_slice_in_dim(rows, first, block)
-        made = product(taken, jax.lax.dynamic_index_in_dim(weights, group, keepdims=False))
-        kept = jax.lax.dynamic_slice_in_dim(out, first, block)
-        made = jnp.where((first + jnp.arange(block) >= start)[:, None], made, kept)
+        start = blocks.start[index]
+        first = jnp.minimum(start, count - height)
+        taken = jax.lax.dynamic_slice_in_dim(rows, first, height)
+        made = product(taken, jax.lax.dynamic_index_in_dim(weights, blocks.group[index], keepdims=False))
+        kept = jax.lax.dynamic_slice_in_dim(out, first, height)
+        made = jnp.where((first + jnp.arange(height) >= start)[:, None], made, kept)
         return jax.lax.dynamic_update_slice_in_dim(out, made, first, 0)
 
-    return jax.lax.fori_loop(0, _block_count(block, group_sizes_E), body, jnp.zeros((count, width), rows.dtype))
+    return jax.lax.fori_loop(0, blocks.number, body, jnp.zeros((count, width), rows.dtype))
 
 
 def _blocked_weights(rows_MD, gradient_MF, group_sizes_E) -> Array:
     """float32 [E, D, F]: sum over a group's rows of row^T gradient, block by block."""
     count, groups = rows_MD.shape[0], group_sizes_E.shape[0]
-    block = _block_height(count, groups)
+    height = _block_height(count, groups)
+    blocks = _blocks(count, height, group_sizes_E)
 
     def body(index, total_EDF):
-        group, start, stop = _locate(index, block, group_sizes_E)
-        first = jnp.minimum(start, count - block)
-        row = first + jnp.arange(block)
-        taken = jax.lax.dynamic_slice_in_dim(rows_MD, first, block)
-        gradient = jax.lax.dynamic_slice_in_dim(gradient_MF, first, block)
+        group, start, stop = blocks.group[index], blocks.start[index], blocks.stop[index]
+        first = jnp.minimum(start, count - height)
+        row = first + jnp.arange(height)
+        taken = jax.lax.dynamic_slice_in_dim(rows_MD, first, height)
+        gradient = jax.lax.dynamic_slice_in_dim(gradient_MF, first, height)
         gradient = jnp.where(((row >= start) & (row < stop))[:, None], gradient, 0)
         added = jnp.matmul(taken.T, gradient, preferred_element_type=jnp.float32)
         total = jax.lax.dynamic_index_in_dim(total_EDF, group, keepdims=False)
         return jax.lax.dynamic_update_index_in_dim(total_EDF, total + added, group, 0)
 
     zeros = jnp.zeros((groups, rows_MD.shape[1], gradient_MF.shape[1]), jnp.float32)
-    return jax.lax.fori_loop(0, _block_count(block, group_sizes_E), body, zeros)
+    return jax.lax.fori_loop(0, blocks.number, body, zeros)
 
 
 def _block_height(rows: int, groups: int) -> int:
@@ -98,17 +123,3 @@ def _block_height(rows: int, groups: int) -> int:
     while height < 128 and height * groups < rows:
         height *= 2
     return min(height, rows)
-
-
-def _block_count(block: int, group_sizes_E: Array) -> Array:
-    return jnp.sum(-(-group_sizes_E // block))
-
-
-def _locate(index: Array, block: int, group_sizes_E: Array) -> tuple[Array, Array, Array]:
-    """Group of the index-th block, its first row, and the end of the group's rows."""
-    last_block_E = jnp.cumsum(-(-group_sizes_E // block))
-    group = jnp.sum(last_block_E <= index)
-    stop_E = jnp.cumsum(group_sizes_E)
-    first_block = last_block_E[group] - -(-group_sizes_E[group] // block)
-    start = stop_E[group] - group_sizes_E[group] + (index - first_block) * block
-    return group, start, stop_E[group]

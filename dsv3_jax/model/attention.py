@@ -24,7 +24,9 @@ class MultiHeadLatentAttention(nnx.Module):
             rank = model.query_latent
             self.query_down = parameter(rngs, (width, rank), ("width", "query_latent"), std)
             self.query_norm = RMSNorm(rank, "query_latent", model.latent_norm_epsilon)
-            self.query_up = parameter(rngs, (rank, heads, query_key_dim), ("query_latent", "heads", "query_key_dim"), std)
+            self.query_up = parameter(
+                rngs, (rank, heads, query_key_dim), ("query_latent", "heads", "query_key_dim"), std
+            )
         rank = model.key_value_latent
         self.key_value_down = parameter(rngs, (width, model.cache_width), ("width", "key_value_latent_and_rope"), std)
         self.key_value_norm = RMSNorm(rank, "key_value_latent", model.latent_norm_epsilon)
@@ -34,9 +36,7 @@ class MultiHeadLatentAttention(nnx.Module):
             ("key_value_latent", "heads", "nope_and_value_dim"),
             std,
         )
-        self.output = parameter(
-            rngs, (heads, model.value_head_dim, width), ("heads", "value_dim", "width"), std
-        )
+        self.output = parameter(rngs, (heads, model.value_head_dim, width), ("heads", "value_dim", "width"), std)
         self.model = model
 
     def __call__(self, x_BSD: Array, by: Rotation, segment_ids_BS: Array | None) -> tuple[Array, Array]:

@@ -1,8 +1,8 @@
 """One transformer block: attention, then a feed-forward network or experts, each behind a norm (V3 figure 2)."""
 
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-import jax.numpy as jnp
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.attention import MultiHeadLatentAttention
@@ -18,6 +18,7 @@ class Block(nnx.Module):
         self.attention_norm = RMSNorm(model.width, "width", model.norm_epsilon)
         self.attention = MultiHeadLatentAttention(model, rngs)
         self.feed_forward_norm = RMSNorm(model.width, "width", model.norm_epsilon)
+        self.feed_forward: FeedForward | MixtureOfExperts
         if dense:
             dtype = jnp.dtype(model.precision)
             self.feed_forward = FeedForward(model.width, model.dense_ffn_width, model.initializer_std, dtype, rngs)

@@ -31,7 +31,10 @@ def skeleton_of(model: ModelConfig) -> Skeleton:
 
 def initialize(model: ModelConfig, seed: int) -> tuple[Tree, Tree]:
     """Fresh `parameters` and `router_bias`, compiled as one function."""
-    return jax.jit(lambda: take_apart(Transformer(model, nnx.Rngs(seed))))()
+    # It runs once: compiling it takes XLA:CPU three times as long at the default level, for nothing gained.
+    once = {"xla_backend_optimization_level": 1}
+    make = jax.jit(lambda key: take_apart(Transformer(model, nnx.Rngs(key))), compiler_options=once)
+    return make(jax.random.key(seed))
 
 
 def take_apart(model: Transformer) -> tuple[Tree, Tree]:
@@ -42,7 +45,9 @@ def take_apart(model: Transformer) -> tuple[Tree, Tree]:
 
 def put_together(skeleton: Skeleton, parameters: Tree, router_bias: Tree) -> Transformer:
     """The model with these values; inside jit, a model of tracers."""
-    return nnx.merge(skeleton.structure, _filled(skeleton.parameters, parameters), _filled(skeleton.router_bias, router_bias))
+    return nnx.merge(
+        skeleton.structure, _filled(skeleton.parameters, parameters), _filled(skeleton.router_bias, router_bias)
+    )
 
 
 def abstract_trees(skeleton: Skeleton) -> tuple[Tree, Tree]:

@@ -1,12 +1,14 @@
 """What every layer is made of: declared parameters, norms, contractions, stacks of equal blocks."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+
+M = TypeVar("M", bound=nnx.Module)
 
 
 class RouterBias(nnx.Variable):
@@ -66,7 +68,7 @@ def swiglu(gate: Array, up: Array) -> Array:
     return jax.nn.silu(gate) * up
 
 
-def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
+def stack(make: Callable[[nnx.Rngs], M], count: int, rngs: nnx.Rngs) -> M:
     """`count` equal modules as one module whose every variable has a leading "layers" dim, for `scan_stack`."""
     structure = nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
 

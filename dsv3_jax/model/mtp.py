@@ -1,4 +1,4 @@
-"""Multi-token prediction: module k predicts the token k + 1 further from the hidden state before it (V3 section 2.2)."""
+"""Multi-token prediction: module k predicts the token k + 1 further on from the state before it (V3 section 2.2)."""
 
 import jax
 import jax.numpy as jnp

@@ -24,7 +24,11 @@ def frequencies(model: ModelConfig) -> np.ndarray:
     plain = model.rope_theta ** (-2.0 * pairs / rope_dim)
 
     def pair_turning(rotations: float) -> float:
-        return rope_dim * math.log(model.yarn_original_length / (2 * math.pi * rotations)) / (2 * math.log(model.rope_theta))
+        return (
+            rope_dim
+            * math.log(model.yarn_original_length / (2 * math.pi * rotations))
+            / (2 * math.log(model.rope_theta))
+        )
 
     low = max(math.floor(pair_turning(model.yarn_beta_fast)), 0)
     high = min(math.ceil(pair_turning(model.yarn_beta_slow)), rope_dim - 1)

@@ -90,8 +90,10 @@ def balance_loss(routing: Routing, valid_BS: Array, model: ModelConfig) -> Array
 def updated_bias(bias_E: Array, load_E: Array, speed: Array | float) -> Array:
     """Bias after one optimizer step: up by `speed` where an expert got less than the mean load, down where more.
 
-    `load_E` int32 counts the whole step's batch. mean - load is compared in integers as sum - E * load; its sign is
-    exact as long as E times the largest count stays below 2^31 (any leading dims, such as layers, broadcast).
+    `load_E` int32 [.., E] counts the whole step's batch. The comparison is exact: in integers, and with quotient and
+    remainder of the mean, because E times a load of 671B's batches would pass 2^31.
     """
-    experts = load_E.shape[-1]
-    return bias_E + speed * jnp.sign(load_E.sum(axis=-1, keepdims=True) - experts * load_E).astype(jnp.float32)
+    mean, remainder = jnp.divmod(load_E.sum(axis=-1, keepdims=True), load_E.shape[-1])
+    over = load_E > mean
+    under = (load_E < mean) | ((load_E == mean) & (remainder > 0))
+    return bias_E + speed * (under.astype(jnp.float32) - over.astype(jnp.float32))

@@ -22,7 +22,7 @@ from jax import Array
 from dsv3_jax.config import ModelConfig, check_model
 from dsv3_jax.model.block import Block
 from dsv3_jax.model.layers import RMSNorm, RouterBias, contract, parameter, scan_stack, stack
-from dsv3_jax.model.moe import RouterStatistics
+from dsv3_jax.model.moe import MixtureOfExperts, RouterStatistics
 from dsv3_jax.model.mtp import MultiTokenPrediction
 from dsv3_jax.model.rope import rotation
 
@@ -45,7 +45,10 @@ class Transformer(nnx.Module):
         self.mtp = nnx.List([MultiTokenPrediction(model, rngs) for _ in range(model.mtp_depth)])
         self.model = model
 
-    def __call__(self, tokens_BS: Array, positions_BS: Array | None = None, segment_ids_BS: Array | None = None) -> Array:
+    @jax.jit
+    def __call__(
+        self, tokens_BS: Array, positions_BS: Array | None = None, segment_ids_BS: Array | None = None
+    ) -> Array:
         """Logits of the next token, float32 [B, S, W], of int32 tokens [B, S].
 
         Positions are 0, 1, ... in every row unless given; segment ids, if given, isolate documents.
@@ -105,7 +108,7 @@ class Transformer(nnx.Module):
         return states, statistics
 
     def prefill(self, tokens_BS: Array, cache_LBTX: Array) -> tuple[Array, Array]:
-        """Rows from position 0 into the cache. Returns the residual stream and the cache with entries 0 .. S - 1 written."""
+        """Rows from position 0 on. Returns the residual stream and the cache with entries 0 .. S - 1 written."""
         by = rotation(self.model, _positions(tokens_BS, None))
         valid_BS = jnp.ones(tokens_BS.shape, bool)
 
@@ -118,7 +121,7 @@ class Transformer(nnx.Module):
         return self._scan_with_cache(body, self.embed(tokens_BS), cache_LBTX)
 
     def decode(self, tokens_BS: Array, cache_LBTX: Array, positions_BS: Array) -> tuple[Array, Array]:
-        """New tokens at `positions_BS` against the cache. Returns their residual stream and the cache with them written.
+        """New tokens at `positions_BS` against the cache. Returns their residual stream and the cache with them in it.
 
         A position outside the cache is not written.
         """
@@ -130,30 +133,34 @@ class Transformer(nnx.Module):
         return self._scan_with_cache(body, self.embed(tokens_BS), cache_LBTX)
 
     def empty_cache(self, batch: int, length: int) -> Array:
-        """[L, B, T, C + R] in the compute type: for each token and layer its normed latent and rotated key, nothing else."""
+        """[L, B, T, C + R] in the compute type: each token's normed latent and rotated key a layer, nothing else."""
         return jnp.zeros((self.model.layers, batch, length, self.model.cache_width), jnp.dtype(self.model.precision))
 
     def router_biases(self) -> list[RouterBias]:
         """Every selection bias: [L, E] of the MoE blocks, then [E] of each MTP module; none in a model without."""
         if not self.model.selection_bias:
             return []
-        of_blocks = [self.moe_blocks.feed_forward.router.bias] if self.model.moe_layers else []
-        return of_blocks + [module.block.feed_forward.router.bias for module in self.mtp]
+        blocks = [*self.stacks(), *(module.block for module in self.mtp)]
+        networks = [block.feed_forward for block in blocks]
+        return [network.router.bias for network in networks if isinstance(network, MixtureOfExperts)]
 
     def embed(self, tokens_BS: Array) -> Array:
         return self.embedding[...].astype(jnp.dtype(self.model.precision))[tokens_BS]
 
     def logits(self, hidden_BSD: Array) -> Array:
         """Head on normed hidden states: float32 [B, S, W]."""
-        return contract("bsd,dw->bsw", hidden_BSD, self.head[...], jnp.dtype(self.model.precision), jnp.dtype(jnp.float32))
+        return contract(
+            "bsd,dw->bsw", hidden_BSD, self.head[...], jnp.dtype(self.model.precision), jnp.dtype(jnp.float32)
+        )
 
-    def stacks(self) -> list[nnx.Module]:
+    def stacks(self) -> list[Block]:
         """The dense blocks, then the MoE blocks; a stack without layers is left out."""
         return [getattr(self, name) for name in ("dense_blocks", "moe_blocks") if hasattr(self, name)]
 
     def _scan_with_cache(self, body, x_BSD: Array, cache_LBTX: Array) -> tuple[Array, Array]:
         first, carry = 0, (x_BSD, cache_LBTX)
-        for blocks, count in zip(self.stacks(), filter(None, (self.model.dense_layers, self.model.moe_layers))):
+        counts = [count for count in (self.model.dense_layers, self.model.moe_layers) if count]
+        for blocks, count in zip(self.stacks(), counts, strict=True):
             carry, _ = scan_stack(blocks, body, carry, jnp.arange(first, first + count))
             first += count
         return carry

@@ -1,9 +1,10 @@
 """The loop around the training step: data in, metrics out, checkpoints, validation, a clean stop."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import grain
 import jax
 import numpy as np
 
@@ -17,7 +18,7 @@ from dsv3_jax.training.flops import model_flops_per_token
 from dsv3_jax.training.losses import Batch
 from dsv3_jax.training.metrics import Metric, MetricsLog
 from dsv3_jax.training.progress import Progress
-from dsv3_jax.training.step import StepMetrics, TrainState, make_train_step
+from dsv3_jax.training.step import StepMetrics, TrainState, TrainStep
 
 
 class NotFiniteError(UserError):
@@ -39,8 +40,7 @@ class LoopResult(NamedTuple):
 class Surroundings(NamedTuple):
     """What the loop talks to."""
 
-    batches: Iterator[dict[str, np.ndarray]]
-    """With grain's get_state."""
+    batches: grain.DatasetIterator[dict[str, np.ndarray]]
     checkpoints: Checkpoints
     log: MetricsLog
     progress: Progress
@@ -50,33 +50,34 @@ class Surroundings(NamedTuple):
     """FLOP/s of this machine, the denominator of the utilisation."""
 
 
-def run_steps(state: TrainState, config: Config, skeleton: Skeleton, around: Surroundings) -> LoopResult:
+def run_steps(
+    state: TrainState, train_step: TrainStep, config: Config, skeleton: Skeleton, around: Surroundings
+) -> LoopResult:
     """Train from the state's step to the config's last one, or until interrupted.
 
     Raises:
         NotFiniteError: nothing of the bad step is kept; the last checkpoint stays the last.
         CheckpointError: a save failed.
     """
-    train_step = make_train_step(config, skeleton)
     training, meter = config.training, Meter(config, around.matmul_rate)
     first, finished, load_history = int(state.step), True, []
-    batch = next(around.batches) if first < training.steps else None
+    following = Batch(**next(around.batches))
     for step in range(first + 1, training.steps + 1):
-        current, data_state = batch, around.batches.get_state()
-        state, metrics = train_step(state, Batch(**current))
+        batch, data_state = following, around.batches.get_state()
+        state, metrics = train_step(state, batch)
         # The step runs in the background: the next batch is made meanwhile.
-        batch = next(around.batches) if step < training.steps else None
+        following = Batch(**next(around.batches))
         if not metrics.finite:
             raise NotFiniteError(
-                f"step {step} is not finite: {first_bad_tensor(state, Batch(**current), config, skeleton)}; "
+                f"step {step} is not finite: {first_bad_tensor(state, batch, config, skeleton)}; "
                 "nothing of it was kept; a lower optimizer.learning_rate often helps"
             )
         meter.step_done()
         last, stop = step == training.steps, around.interrupted()
-        if step % training.log_interval == 0 or last or stop:
+        if step % training.log_interval == 0 or last:
             values = meter.read(metrics)
             around.log.log(step, values)
-            around.progress.show(step, values["loss"], values["tokens_per_second"])
+            around.progress.show(step, values)
             load_history.append((step, stacked_loads(metrics)))
         if training.validation_interval and step % training.validation_interval == 0 and not last:
             with meter.paused():
@@ -150,8 +151,9 @@ def stacked_loads(metrics: StepMetrics) -> np.ndarray:
 
 def max_violation(load_LE: np.ndarray) -> np.ndarray:
     """MaxVio of each layer: largest load over mean load, minus 1; 0 is balance (ALF section 4)."""
-    mean_L = load_LE.mean(axis=-1)
-    return load_LE.max(axis=-1) / np.maximum(mean_L, 1e-9) - 1 if load_LE.size else np.zeros(len(load_LE))
+    if load_LE.size == 0:
+        return np.zeros(len(load_LE))
+    return load_LE.max(axis=-1) / np.maximum(load_LE.mean(axis=-1), 1e-9) - 1
 
 
 def load_entropy(load_LE: np.ndarray) -> np.ndarray:

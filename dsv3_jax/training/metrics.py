@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
-
 from dsv3_jax.training.files import write_atomically
 
 Metric = float | int | Sequence[float]
@@ -21,6 +19,9 @@ class MetricsLog:
 
         The steps that follow are logged again, so the file of a resumed run is that of an uninterrupted one.
         """
+        # Late, because it imports torch wherever torch is installed: seconds, of which nothing here needs any.
+        from tensorboardX import SummaryWriter
+
         workdir.mkdir(parents=True, exist_ok=True)
         path = workdir / "metrics.jsonl"
         kept = [entry for entry in read_metrics(path) if entry["step"] <= resume_step] if resume_step else []
@@ -36,10 +37,9 @@ class MetricsLog:
         self._file.write(_line({"step": step, **values}))
         self._file.flush()
         for name, value in values.items():
-            elements = [(name, value)]
-            if isinstance(value, Sequence):
-                elements = [(f"{name}/{index:02d}", element) for index, element in enumerate(value)]
-            for tag, element in elements:
+            is_list = isinstance(value, Sequence)
+            for index, element in enumerate(value if isinstance(value, Sequence) else [value]):
+                tag = f"{name}/{index:02d}" if is_list else name
                 if math.isfinite(element):  # tensorboardX complains of the others
                     self._events.add_scalar(tag, element, step)
 

@@ -2,11 +2,18 @@
 
 import sys
 import time
+from collections.abc import Mapping
+from typing import Any
 
 from tqdm import tqdm
 
 PLAIN_INTERVAL = 15.0
 """Seconds between lines where stderr is not a terminal."""
+
+
+def note(text: str) -> None:
+    """One line on stderr, before there is a bar: what the program is busy with."""
+    print(text, file=sys.stderr, flush=True)
 
 
 class Progress:
@@ -26,9 +33,9 @@ class Progress:
             bar_format="{n_fmt}/{total_fmt} {bar} {percentage:3.0f}%  {desc}{elapsed} < {remaining}",
         )
 
-    def show(self, step: int, loss: float, tokens_per_second: float) -> None:
+    def show(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Call at each logged step; the last step is always shown."""
-        text = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  "
+        text = f"loss {metrics['loss']:.4f}  {metrics['tokens_per_second']:,.0f} tokens/s  "
         self._bar.set_description_str(text, refresh=False)
         self._bar.update(step - self._bar.n)
         if self._bar.disable:

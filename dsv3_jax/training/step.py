@@ -1,5 +1,6 @@
 """The training step: one pure function from state and batch to state and metrics."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,11 +10,10 @@ import optax
 from jax import Array
 
 from dsv3_jax.config import Config
-from dsv3_jax.model.functional import Skeleton, Tree, initialize, put_together, take_apart
+from dsv3_jax.model.functional import Skeleton, Tree, abstract_trees, initialize, put_together, take_apart
 from dsv3_jax.model.router import updated_bias
 from dsv3_jax.training.losses import (
     Batch,
-    LossCounts,
     Losses,
     LossWeights,
     loss_counts,
@@ -50,23 +50,32 @@ class StepMetrics(NamedTuple):
     """bool; False: the state was left as it was."""
 
 
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
+
+
 def initial_state(config: Config, skeleton: Skeleton) -> TrainState:
     """Parameters drawn from the config's seed, zero router biases, a fresh optimizer."""
-    parameters, router_bias = initialize(config.model, config.seed)
-    return TrainState(
-        jnp.zeros((), jnp.int32), parameters, router_bias, adamw(config, skeleton).init(parameters)
-    )
+    return _first_state(config, skeleton, *initialize(config.model, config.seed))
 
 
-def make_train_step(config: Config, skeleton: Skeleton) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-    """The compiled step for batches of [batch_size, sequence_length + 1]; it consumes its state's buffers."""
+def abstract_state(config: Config, skeleton: Skeleton) -> TrainState:
+    """What `initial_state` returns, as ShapeDtypeStructs; allocates nothing."""
+    return jax.eval_shape(functools.partial(_first_state, config, skeleton), *abstract_trees(skeleton))
+
+
+def _first_state(config: Config, skeleton: Skeleton, parameters: Tree, router_bias: Tree) -> TrainState:
+    return TrainState(jnp.zeros((), jnp.int32), parameters, router_bias, adamw(config, skeleton).init(parameters))
+
+
+def make_train_step(config: Config, skeleton: Skeleton) -> jax.stages.Wrapped:
+    """The jitted step for batches of [batch_size, sequence_length + 1]; it consumes its state's buffers."""
     optimizer = adamw(config, skeleton)
     steps = config.training.steps
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         weights = loss_weights(state.step, config.loss, steps)
         losses, loads, gradients = accumulated_gradients(state, batch, weights, config, skeleton)
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(norm) & jnp.isfinite(objective(losses, weights, config.model))
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
         moved = TrainState(
@@ -81,6 +90,13 @@ def make_train_step(config: Config, skeleton: Skeleton) -> Callable[[TrainState,
         return state_after, StepMetrics(losses, norm, rate, loads, _dropped(loads, batch, config), finite)
 
     return jax.jit(train_step, donate_argnums=0)
+
+
+def compile_train_step(config: Config, skeleton: Skeleton) -> TrainStep:
+    """`make_train_step`, compiled before there is a state or a batch to call it with."""
+    shape = config.training.batch_size, config.training.sequence_length + 1
+    batch = jax.eval_shape(lambda: Batch(*[jnp.zeros(shape, jnp.int32)] * 3))
+    return make_train_step(config, skeleton).lower(abstract_state(config, skeleton), batch).compile()
 
 
 def accumulated_gradients(

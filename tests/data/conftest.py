@@ -10,7 +10,26 @@ from dsv3_jax.config import Config
 from dsv3_jax.data.documents import Document
 from dsv3_jax.data.tokenizer import train_tokenizer
 
-WORDS = "def return self list range print value index for in if else import yield data token expert layer".split()
+WORDS = [
+    "def",
+    "return",
+    "self",
+    "list",
+    "range",
+    "print",
+    "value",
+    "index",
+    "for",
+    "in",
+    "if",
+    "else",
+    "import",
+    "yield",
+    "data",
+    "token",
+    "expert",
+    "layer",
+]
 
 
 def make_documents(lengths: list[int], seed: int = 1) -> list[Document]:

@@ -6,7 +6,7 @@ import pytest
 
 from dsv3_jax.data.packing import PackedRows, overlapping_rows, segments_and_positions
 
-# Exact fits, a document of one token, and one of several batches.
+# Exact fits, a document of one token, and one of several rows.
 LENGTHS = (12, 4, 4, 1, 40, 7, 12, 24, 3, 5)
 
 
@@ -15,33 +15,33 @@ def numbered() -> list[np.ndarray]:
     return np.split(np.arange(sum(LENGTHS), dtype=np.int32), np.cumsum(LENGTHS)[:-1])
 
 
-def packed(batch_size: int, row_length: int) -> PackedRows:
-    return PackedRows(grain.MapDataset.source(numbered()).repeat().to_iter_dataset(), batch_size, row_length)
+def packed(row_length: int) -> PackedRows:
+    return PackedRows(grain.MapDataset.source(numbered()).repeat().to_iter_dataset(), row_length)
 
 
-@pytest.mark.parametrize(("batch_size", "row_length"), [(1, 1), (3, 4), (2, 6), (1, 7), (2, 100)])
-def test_packing_keeps_every_token_in_order(batch_size: int, row_length: int) -> None:
-    iterator = iter(packed(batch_size, row_length))
-    batches = [next(iterator) for _ in range(250 // (batch_size * row_length) + 1)]
-    assert all(batch.shape == (batch_size, row_length) and batch.dtype == np.int32 for batch in batches)
-    stream = np.concatenate([batch.ravel() for batch in batches])
+@pytest.mark.parametrize("row_length", [1, 4, 7, 12, 200])
+def test_packing_keeps_every_token_in_order(row_length: int) -> None:
+    iterator = iter(packed(row_length))
+    rows = [next(iterator) for _ in range(250 // row_length + 1)]
+    assert all(row.shape == (row_length,) and row.dtype == np.int32 for row in rows)
+    stream = np.concatenate(rows)
     np.testing.assert_array_equal(stream, np.arange(len(stream)) % sum(LENGTHS))
 
 
-@pytest.mark.parametrize(("batch_size", "row_length"), [(1, 1), (3, 4), (1, 7), (2, 100)])
-def test_resumes_exactly_from_every_position_through_json(batch_size: int, row_length: int) -> None:
-    iterator = iter(packed(batch_size, row_length))
-    states, batches = [], []
+@pytest.mark.parametrize("row_length", [1, 4, 7, 12, 200])
+def test_resumes_exactly_from_every_position_through_json(row_length: int) -> None:
+    iterator = iter(packed(row_length))
+    states, rows = [], []
     for _ in range(30):
         states.append(json.dumps(iterator.get_state()))
-        batches.append(next(iterator))
-    resumed = iter(packed(batch_size, row_length))
+        rows.append(next(iterator))
+    resumed = iter(packed(row_length))
     for position, state in enumerate(states):
         # The same iterator over and over: it must forget where it was.
         resumed.set_state(json.loads(state))
         assert json.dumps(resumed.get_state()) == state
-        for batch in batches[position : position + 4]:
-            np.testing.assert_array_equal(next(resumed), batch)
+        for row in rows[position : position + 4]:
+            np.testing.assert_array_equal(next(resumed), row)
 
 
 @pytest.mark.parametrize("row_length", [2, 3, 5, 12, 113, 1000])

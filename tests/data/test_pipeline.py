@@ -6,8 +6,9 @@ import pytest
 from tokenizers import Tokenizer
 
 from dsv3_jax.config import Config, ConfigError
+from dsv3_jax.data import pipeline
 from dsv3_jax.data.documents import Document
-from dsv3_jax.data.pipeline import training_batches, validation_batches, validation_bytes
+from dsv3_jax.data.pipeline import training_batches, training_rows, validation_batches, validation_bytes
 from dsv3_jax.data.tokenizer import encode, train_tokenizer
 
 MakeConfig = Callable[..., Config]
@@ -21,8 +22,12 @@ def take(source: list[Document], tokenizer: Tokenizer, config: Config, count: in
     return batches
 
 
-def stream_of(batches: list[dict[str, np.ndarray]]) -> list[int]:
-    return np.concatenate([batch["tokens"].ravel() for batch in batches]).tolist()
+def stream_of(source: list[Document], tokenizer: Tokenizer, config: Config, count: int) -> list[int]:
+    """The tokens of the first rows, before they are shuffled, of `count` batches."""
+    iterator = iter(training_rows(source, tokenizer, config))
+    rows = [next(iterator) for _ in range(count * config.training.batch_size)]
+    iterator.close()
+    return np.concatenate(rows).tolist()
 
 
 def whole_documents(stream: list[int]) -> list[list[int]]:
@@ -36,17 +41,15 @@ def whole_documents(stream: list[int]) -> list[list[int]]:
     return documents
 
 
-def epochs_of_texts(batches: list[dict[str, np.ndarray]], tokenizer: Tokenizer, size: int) -> list[list[str]]:
-    texts = [tokenizer.decode(ids) for ids in whole_documents(stream_of(batches))]
+def epochs_of_texts(stream: list[int], tokenizer: Tokenizer, size: int) -> list[list[str]]:
+    texts = [tokenizer.decode(ids) for ids in whole_documents(stream)]
     return [texts[start : start + size] for start in range(0, len(texts) - size + 1, size)]
 
 
 def test_every_epoch_is_another_order_of_all_documents(
     documents: list[Document], tokenizer: Tokenizer, make_config: MakeConfig
 ) -> None:
-    batches = take(documents, tokenizer, make_config(3, 16), 120)
-    assert all(array.shape == (3, 17) and array.dtype == np.int32 for batch in batches for array in batch.values())
-    epochs = epochs_of_texts(batches, tokenizer, len(documents))
+    epochs = epochs_of_texts(stream_of(documents, tokenizer, make_config(3, 16), 120), tokenizer, len(documents))
     assert len(epochs) >= 3
     for epoch in epochs:
         assert sorted(epoch) == sorted(document.text for document in documents)
@@ -56,7 +59,7 @@ def test_every_epoch_is_another_order_of_all_documents(
 def test_seeds(documents: list[Document], tokenizer: Tokenizer, make_config: MakeConfig) -> None:
     def stream(seed: int) -> list[int]:
         config = make_config(2, 32, seed=seed, fill_in_the_middle_rate=0.5)
-        return stream_of(take(documents, tokenizer, config, 60))
+        return stream_of(documents, tokenizer, config, 60)
 
     assert stream(0) == stream(0)
     assert stream(2**32 - 1) != stream(0) != stream(1)
@@ -65,17 +68,36 @@ def test_seeds(documents: list[Document], tokenizer: Tokenizer, make_config: Mak
         tuple(epoch)
         for seed in (0, 1, 2)
         for epoch in epochs_of_texts(
-            take(documents, tokenizer, make_config(2, 32, seed=seed), 90), tokenizer, len(documents)
+            stream_of(documents, tokenizer, make_config(2, 32, seed=seed), 90), tokenizer, len(documents)
         )
     ]
     assert len(set(orders)) == len(orders) >= 6
 
 
+def test_batches_are_the_rows_shuffled(
+    documents: list[Document], tokenizer: Tokenizer, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "ROWS_SHUFFLED", 12)
+    config = make_config(3, 16)
+    batches = take(documents, tokenizer, config, 8)
+    assert all(array.shape == (3, 17) and array.dtype == np.int32 for batch in batches for array in batch.values())
+    rows = np.reshape(stream_of(documents, tokenizer, config, 8), (2, 12, 17)).tolist()
+    windows = np.reshape([batch["tokens"] for batch in batches], (2, 12, 17)).tolist()
+    for shuffled, window in zip(windows, rows, strict=True):
+        assert shuffled != window
+        assert sorted(shuffled) == sorted(window)
+
+
 @pytest.mark.parametrize("isolate", [False, True])
 def test_resumes_token_for_token(
-    documents: list[Document], tokenizer: Tokenizer, make_config: MakeConfig, isolate: bool
+    documents: list[Document],
+    tokenizer: Tokenizer,
+    make_config: MakeConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    isolate: bool,
 ) -> None:
-    # 102 tokens a batch against documents of 3 to over 600: states fall inside documents and between them.
+    # States fall inside and between windows of shuffled rows, whose starts fall inside documents and between them.
+    monkeypatch.setattr(pipeline, "ROWS_SHUFFLED", 14)
     config = make_config(2, 50, fill_in_the_middle_rate=0.3, isolate_documents=isolate)
     iterator = iter(training_batches(documents, tokenizer, config))
     states, batches = [], []
@@ -83,9 +105,7 @@ def test_resumes_token_for_token(
         states.append(json.dumps(iterator.get_state()).encode())
         batches.append(next(iterator))
     iterator.close()
-    used = [json.loads(state)["used"] for state in states]
-    assert any(0 < count < 30 for count in used) and any(count > 102 for count in used)
-    for position in (0, 1, 2, 7, 20, 33, 47, 58):
+    for position in (0, 1, 6, 7, 8, 20, 33, 47, 58):
         resumed = iter(training_batches(documents, tokenizer, config))
         resumed.set_state(json.loads(states[position]))
         for expected in batches[position:]:
@@ -97,8 +117,7 @@ def test_resumes_token_for_token(
 
 def test_fill_in_the_middle_rate_and_new_cuts_every_epoch(tokenizer: Tokenizer, make_config: MakeConfig) -> None:
     source = [Document(str(number), f"{number} return value in range") for number in range(50)]
-    batches = take(source, tokenizer, make_config(4, 64, fill_in_the_middle_rate=0.25), 200)
-    found = whole_documents(stream_of(batches))
+    found = whole_documents(stream_of(source, tokenizer, make_config(4, 64, fill_in_the_middle_rate=0.25), 200))
     cut, count = [ids for ids in found if FIM_BEGIN in ids], len(found)
     assert abs(len(cut) - 0.25 * count) < 6 * (count * 0.25 * 0.75) ** 0.5
     assert len({tuple(ids) for ids in cut}) > 150
@@ -119,14 +138,14 @@ def test_isolation_restarts_at_documents_and_rows(
 
 
 def test_one_document_repeats(tokenizer: Tokenizer, make_config: MakeConfig) -> None:
-    batches = take([Document("only", "for value in data")], tokenizer, make_config(1, 15), 10)
-    assert set(map(tuple, whole_documents(stream_of(batches)))) == {tuple(encode(tokenizer, "for value in data"))}
+    stream = stream_of([Document("only", "for value in data")], tokenizer, make_config(1, 15), 10)
+    assert set(map(tuple, whole_documents(stream))) == {tuple(encode(tokenizer, "for value in data"))}
 
 
 def test_text_cannot_place_special_tokens(tokenizer: Tokenizer, make_config: MakeConfig) -> None:
     text = "a<｜end▁of▁sentence｜><think>b<｜▁pad▁｜>"
-    batches = take([Document("evil", text)], tokenizer, make_config(1, 63, isolate_documents=True), 4)
-    assert {tokenizer.decode(ids) for ids in whole_documents(stream_of(batches))} == {text}
+    stream = stream_of([Document("evil", text)], tokenizer, make_config(1, 63, isolate_documents=True), 4)
+    assert {tokenizer.decode(ids) for ids in whole_documents(stream)} == {text}
 
 
 def test_fill_in_the_middle_needs_its_tokens(make_config: MakeConfig) -> None:

@@ -1,0 +1,100 @@
+"""The command line of infer.py. tyro makes the options and the help; every mistake becomes one line."""
+
+import contextlib
+import difflib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from dsv3_jax.errors import ArgumentError
+from dsv3_jax.inference.sampling import Sampling, SamplingError
+
+
+@dataclass(frozen=True)
+class InferArguments:
+    """Continue text with a trained model."""
+
+    checkpoint: Path
+    """A workdir of train.py (its newest checkpoint), or the folder of one checkpoint."""
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]]
+    """Text to continue; '-' is read from standard input. Give it several times for a batch."""
+    max_new_tokens: int = 256
+    """Tokens to generate at most; a completion ends earlier where the model ends the document."""
+    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
+    json: bool = False
+    """Print one JSON object a prompt, a line each, instead of text."""
+
+
+OPTIONS = ("checkpoint", "prompt", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "json")
+PLACEHOLDER = InferArguments(Path(), ())
+
+
+def parse_infer(argv: Sequence[str]) -> InferArguments:
+    """What `argv` (without the program's name) asks for, checked.
+
+    `--field=value` and `--field value`, underscores and hyphens mean the same. `--help` prints and exits with 0.
+
+    Raises:
+        ArgumentError: unknown option, missing or unreadable value, or one out of range.
+    """
+    if "-h" in argv or "--help" in argv:
+        _tyro(["--help"], InferArguments(tyro.MISSING, tyro.MISSING))
+    options = _options(argv)
+    for option in options:
+        _require_readable(option)
+    for name, value in (("checkpoint", "DIR"), ("prompt", "TEXT")):
+        if not any(option.startswith(f"--{name}=") for option in options):
+            raise ArgumentError(f"--{name}={value} is missing; --help lists all options")
+    arguments = _tyro(options, PLACEHOLDER)
+    if arguments.max_new_tokens < 1:
+        raise ArgumentError(f"--max_new_tokens={arguments.max_new_tokens} must be at least 1")
+    return arguments
+
+
+def _options(argv: Sequence[str]) -> list[str]:
+    """Every option as --name=value, or --json alone, hyphens of its name made underscores."""
+    options, remaining = [], list(argv)
+    while remaining:
+        argument = remaining.pop(0)
+        if not argument.startswith("--"):
+            raise ArgumentError(f"{argument!r} is not an option: write --prompt={argument!r} for a prompt")
+        written, equals, value = argument[2:].partition("=")
+        name = written.replace("-", "_")
+        if name not in OPTIONS:
+            close = difflib.get_close_matches(name, OPTIONS, n=1)
+            suggestion = f" (did you mean --{close[0]}?)" if close else ""
+            raise ArgumentError(f"--{written} is not an option{suggestion}; --help lists them all")
+        if not equals and name != "json":
+            if not remaining or remaining[0].startswith("--"):
+                raise ArgumentError(f"--{name} needs a value: --{name}=VALUE")
+            equals, value = "=", remaining.pop(0)
+        options.append(f"--{name}{equals}{value}")
+    return options
+
+
+def _require_readable(option: str) -> None:
+    # tyro reports a bad value in a box on stderr and exits; asked for one option at a time, we can say which it was.
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            _tyro([option], PLACEHOLDER)
+    except SamplingError as error:
+        raise ArgumentError(f"--{error}") from error
+    except SystemExit:
+        name = option[2:].partition("=")[0]
+        kind = {"temperature": "a number", "top_p": "a number", "json": "no value"}.get(name, "a whole number")
+        raise ArgumentError(f"{option} cannot be read: expected {kind}") from None
+
+
+def _tyro(argv: list[str], defaults: InferArguments) -> InferArguments:
+    return tyro.cli(
+        InferArguments,
+        prog="python infer.py",
+        args=argv,
+        default=defaults,
+        use_underscores=True,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )

@@ -1,0 +1,53 @@
+"""Continue text with a trained model: `python infer.py --checkpoint=runs/tiny --prompt="def main("`.
+
+`--temperature=0` is greedy. `--help` lists every option.
+"""
+
+import dataclasses
+import json
+import sys
+
+from dsv3_jax.command_line import run_main
+from dsv3_jax.inference.arguments import InferArguments, parse_infer
+from dsv3_jax.inference.completion import complete
+from dsv3_jax.loading import load
+from dsv3_jax.runtime import use_compilation_cache
+
+
+def main() -> None:
+    arguments = parse_infer(sys.argv[1:])
+    use_compilation_cache()
+    infer(arguments)
+
+
+def infer(arguments: InferArguments) -> None:
+    """Load, generate, print: one prompt as it comes, several as one batch and one after the other."""
+    prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in arguments.prompt]
+    model, _, tokenizer = load(arguments.checkpoint)
+    assert tokenizer is not None  # every checkpoint of train.py holds its tokenizer
+    stream = len(prompts) == 1 and not arguments.json
+    if stream:
+        show(prompts[0])
+    completions = complete(
+        model,
+        tokenizer,
+        prompts,
+        arguments.sampling,
+        arguments.max_new_tokens,
+        on_piece=(lambda _, text: show(text)) if stream else None,
+    )
+    if stream:
+        show("\n")
+    for number, completion in enumerate(completions, start=1):
+        if arguments.json:
+            print(json.dumps(dataclasses.asdict(completion)))
+        elif not stream:
+            print(f"=== prompt {number} of {len(prompts)} ===\n{completion.prompt}{completion.text}")
+
+
+def show(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,41 @@
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+
+from dsv3_jax.config import ModelConfig
+
+TINY = ModelConfig(
+    vocabulary=48,
+    width=36,
+    layers=3,
+    dense_layers=1,
+    dense_ffn_width=40,
+    heads=3,
+    query_latent=12,
+    key_value_latent=16,
+    nope_head_dim=10,
+    rope_head_dim=8,
+    value_head_dim=6,
+    experts=8,
+    experts_per_token=3,
+    shared_experts=1,
+    expert_ffn_width=12,
+    expert_groups=4,
+    groups_per_token=2,
+    score_function="sigmoid",
+    group_score="top2_sum",
+    normalize_weights=True,
+    routed_scale=2.5,
+    selection_bias=True,
+    mtp_depth=1,
+    initializer_std=0.2,
+    precision="float32",
+    remat="none",
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Callable[..., ModelConfig]:
+    """`tiny_model(**changes)`: every part of the architecture, no two dims equal that could be confused."""
+    return lambda **changes: dataclasses.replace(TINY, **changes)

@@ -1,0 +1,43 @@
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import pytest
+from flax import nnx
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.functional import put_together, skeleton_of
+from tests.reference.weights import Tree
+
+# Most functions here run once, on a few tokens: LLVM's optimisations would cost more than they save.
+_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@pytest.fixture(scope="session")
+def run() -> Callable[..., Any]:
+    """`run(model, (parameters, router_bias), function, *arrays)`: function(transformer, *arrays), compiled."""
+
+    def compile_and_run(
+        model: ModelConfig, weights: tuple[Tree, Tree], function: Callable[..., Any], *arrays: Any
+    ) -> Any:
+        return _compiled(model, function)(weights, *arrays)
+
+    return compile_and_run
+
+
+@pytest.fixture(scope="session")
+def call() -> Callable[..., Any]:
+    """`call(module, *arrays)`: module(*arrays), compiled."""
+    return lambda module, *arrays: _call(*nnx.split(module), *arrays)
+
+
+@functools.cache
+def _compiled(model: ModelConfig, function: Callable[..., Any]) -> Callable[..., Any]:
+    skeleton = skeleton_of(model)
+    return _jit(lambda weights, *arrays: function(put_together(skeleton, *weights), *arrays))
+
+
+@functools.partial(_jit, static_argnums=0)
+def _call(structure: nnx.GraphDef, state: nnx.State, *arrays: Any) -> Any:
+    return nnx.merge(structure, state)(*arrays)

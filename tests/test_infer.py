@@ -1,0 +1,138 @@
+"""infer.py: one run as a user starts it, and every mistake as one line."""
+
+import dataclasses
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import infer
+from configs.tiny import config as tiny
+from dsv3_jax.command_line import run_main
+from dsv3_jax.data.tokenizer import train_tokenizer
+from dsv3_jax.errors import ArgumentError
+from dsv3_jax.inference.arguments import OPTIONS, InferArguments, parse_infer
+from dsv3_jax.inference.completion import complete
+from dsv3_jax.inference.sampling import Sampling
+from dsv3_jax.loading import load
+from dsv3_jax.model.functional import initialize
+from dsv3_jax.training.checkpoint import Checkpoints
+
+ROOT = Path(infer.__file__).parent
+GIVEN = ["--checkpoint=run", "--prompt=text"]
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    small = {"vocabulary": 320, "width": 32, "layers": 1, "dense_layers": 0, "experts": 8, "expert_ffn_width": 16}
+    model = dataclasses.replace(tiny.model, **small, mtp_depth=0, maximum_positions=128)
+    config = dataclasses.replace(tiny, model=model)
+    parameters, router_bias = initialize(model, 0)
+    checkpoints = Checkpoints(workdir / "checkpoints", config, train_tokenizer(["naïve text " * 50], 320).to_str())
+    checkpoints.save(1, {"parameters": parameters, "router_bias": router_bias}, {})
+    checkpoints.close()
+    return workdir
+
+
+def run(argv: list[str], monkeypatch) -> int:
+    monkeypatch.setattr(sys, "argv", ["infer.py", *argv])
+    monkeypatch.setattr(infer, "use_compilation_cache", lambda: None)
+    with pytest.raises(SystemExit) as caught:
+        run_main(infer.main)
+    return caught.value.code
+
+
+def test_json_is_one_object_a_prompt(workdir):
+    options = ["--checkpoint", str(workdir), "--prompt", "naïve", "--prompt=", "--max-new-tokens=20", "--json"]
+    run = subprocess.run([sys.executable, "infer.py", *options], cwd=ROOT, capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
+    objects = [json.loads(line) for line in run.stdout.splitlines()]
+    assert [made["prompt"] for made in objects] == ["naïve", ""]
+    for made in objects:
+        assert list(made) == ["prompt", "text", "token_ids", "tokens_per_second", "finish_reason"]
+        assert made["finish_reason"] == "stop" or len(made["token_ids"]) == 20
+        assert isinstance(made["text"], str) and made["tokens_per_second"] > 0
+
+
+def test_one_prompt_is_shown_with_its_continuation_and_several_under_headers(workdir, monkeypatch, capsys):
+    options = [f"--checkpoint={workdir}", "--max_new_tokens=20", "--temperature=0"]
+    model, _, tokenizer = load(workdir)
+    texts = [made.text for made in complete(model, tokenizer, ["naïve", "text"], Sampling(temperature=0), 20)]
+    assert run([*options, "--prompt=naïve"], monkeypatch) == 0
+    assert capsys.readouterr().out == f"naïve{texts[0]}\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("text"))
+    assert run([*options, "--prompt=naïve", "--prompt=-"], monkeypatch) == 0
+    expected = f"=== prompt 1 of 2 ===\nnaïve{texts[0]}\n=== prompt 2 of 2 ===\ntext{texts[1]}\n"
+    assert capsys.readouterr().out == expected
+
+
+def test_what_is_asked_for():
+    assert parse_infer(GIVEN) == InferArguments(Path("run"), ("text",), 256, Sampling(0.8, 0, 0.95, 0), False)
+    argv = "--checkpoint a --prompt b --prompt=c=d --max-new-tokens 5 --temperature=0 --top-k 7 --top_p=0.5 --seed 3"
+    expected = InferArguments(Path("a"), ("b", "c=d"), 5, Sampling(0.0, 7, 0.5, 3), True)
+    assert parse_infer([*argv.split(), "--json"]) == expected
+
+
+@pytest.mark.parametrize("prompt", ["", "-5", "two words\nand a line", "--flag", "é🙂", "None", "'quoted'"])
+def test_a_prompt_is_taken_as_it_is(prompt):
+    assert parse_infer(["--checkpoint=run", f"--prompt={prompt}"]).prompt == (prompt,)
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        ([], ["--checkpoint=DIR is missing"]),
+        (["--checkpoint=run"], ["--prompt=TEXT is missing"]),
+        ([*GIVEN, "--temprature=1"], ["--temprature is not an option", "did you mean --temperature?"]),
+        ([*GIVEN, "--max-new-token", "1"], ["--max-new-token ", "did you mean --max_new_tokens?"]),
+        ([*GIVEN, "--zzz"], ["--zzz is not an option; --help"]),
+        ([*GIVEN, "more"], ["'more' is not an option", "--prompt="]),
+        ([*GIVEN, "--seed"], ["--seed needs a value"]),
+        (["--checkpoint=run", "--prompt", "--json"], ["--prompt needs a value"]),
+        ([*GIVEN, "--temperature=hot"], ["--temperature=hot cannot be read", "a number"]),
+        ([*GIVEN, "--top_k=1.5"], ["--top_k=1.5 cannot be read", "a whole number"]),
+        ([*GIVEN, "--json=yes"], ["--json=yes cannot be read", "no value"]),
+        ([*GIVEN, "--temperature=-1"], ["--temperature=-1.0 must be finite and at least 0"]),
+        ([*GIVEN, "--top_p=0"], ["--top_p=0.0 must be above 0 and at most 1"]),
+        ([*GIVEN, "--top_p", "1.1"], ["--top_p=1.1 must be above 0 and at most 1"]),
+        ([*GIVEN, "--top_k=-1"], ["--top_k=-1 must be at least 0"]),
+        ([*GIVEN, "--seed=-1"], ["--seed=-1 must be between 0 and"]),
+        ([*GIVEN, "--max_new_tokens=0"], ["--max_new_tokens=0 must be at least 1"]),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it(argv, parts, capsys):
+    with pytest.raises(ArgumentError) as caught:
+        parse_infer(argv)
+    message = str(caught.value)
+    assert "\n" not in message and caught.value.exit_code == 2
+    for part in parts:
+        assert part in message
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "part"),
+    [
+        (["--checkpoint=absent"], 1, "error: absent holds no checkpoint: give a workdir"),
+        (["--max_new_tokens=127"], 2, "2 tokens and max_new_tokens=127 need 129 positions, and the model has"),
+        (["--max_new_tokens=-3"], 2, "error: --max_new_tokens=-3 must be at least 1"),
+    ],
+)
+def test_how_a_run_that_cannot_be_ends(workdir, options, code, part, monkeypatch, capsys):
+    assert run([f"--checkpoint={workdir}", "--prompt=t", *options], monkeypatch) == code
+    out, error = capsys.readouterr()
+    assert part in error and error.count("\n") == 1
+
+
+def test_help_tells_every_option_and_its_default(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse_infer(["--help"])
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert caught.value.code == 0
+    for option in OPTIONS:
+        assert f"--{option} " in shown
+    assert "0 always takes the most probable token. (default: 0.8)" in shown
