@@ -16,7 +16,7 @@ import os
 import pkgutil
 import sys
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -56,7 +56,7 @@ def parse_train(argv: Sequence[str]) -> TrainArguments:
     """
     if wants_help := any(argument in ("-h", "--help") for argument in argv):
         argv = [argument for argument in argv if argument not in ("-h", "--help")]
-    given = _pair(argv)
+    given = dict(option_pairs(argv))
     if "config" not in given and wants_help:
         print(_general_help())
         raise SystemExit(0)
@@ -65,7 +65,7 @@ def parse_train(argv: Sequence[str]) -> TrainArguments:
     types = _field_types(TrainArguments)
     for option in given:
         if option not in types:
-            raise ArgumentError(f"--{option} is not an option{_suggestion(option, types, '--')}; --help lists them all")
+            raise ArgumentError(f"--{option} is not an option{suggestion(option, types, '--')}; --help lists them all")
     if wants_help:
         _tyro(["--help"], defaults)
     for option, value in given.items():
@@ -89,7 +89,7 @@ def load_config(name: str | None) -> Config:
     if not name:
         raise ArgumentError(f"--config=NAME is missing; NAME is one of {', '.join(names)}")
     if name not in names:
-        raise ArgumentError(f"--config={name} does not exist{_suggestion(name, names)}; there are {', '.join(names)}")
+        raise ArgumentError(f"--config={name} does not exist{suggestion(name, names)}; there are {', '.join(names)}")
     return importlib.import_module(f"configs.{name}").config
 
 
@@ -119,20 +119,24 @@ def _exit(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-def _pair(argv: Sequence[str]) -> dict[str, str | None]:
-    """Option names, hyphens made underscores, with their values; None where no value follows."""
-    given: dict[str, str | None] = {}
+def option_pairs(argv: Sequence[str], flags: Collection[str] = ()) -> list[tuple[str, str | None]]:
+    """Option names, hyphens made underscores, with their values; None where no value follows, or for a flag alone.
+
+    Raises:
+        ArgumentError: a word that belongs to no option.
+    """
+    pairs: list[tuple[str, str | None]] = []
     remaining = list(argv)
     while remaining:
         argument = remaining.pop(0)
         if not argument.startswith("--") or argument == "--":
-            raise ArgumentError(f"{argument!r} is not an option: write --section.field=value")
+            raise ArgumentError(f"{argument!r} is not an option: options are written --name=value")
         option, equals, text = argument[2:].partition("=")
-        value: str | None = text
-        if not equals:
-            value = remaining.pop(0) if remaining and not remaining[0].startswith("--") else None
-        given[option.replace("-", "_")] = value
-    return given
+        name, value = option.replace("-", "_"), text if equals else None
+        if not equals and name not in flags and remaining and not remaining[0].startswith("--"):
+            value = remaining.pop(0)
+        pairs.append((name, value))
+    return pairs
 
 
 def _field_types(of: type) -> dict[str, Any]:
@@ -183,7 +187,7 @@ def _expected(kind: Any) -> str:
     return "expected " + " or ".join("None" if one is type(None) else one.__name__ for one in alternatives)
 
 
-def _suggestion(word: str, known: typing.Iterable[str], mark: str = "") -> str:
+def suggestion(word: str, known: typing.Iterable[str], mark: str = "") -> str:
     """', did you mean X?', or nothing where no known word is close; a field without its section finds it too."""
     known = list(known)
     same_field = [name for name in known if name.rpartition(".")[2] == word.rpartition(".")[2]]

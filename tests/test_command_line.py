@@ -65,7 +65,7 @@ def test_values_of_every_kind():
         (["--config=tiny", "--model.score_function=relu"], ["relu", "one of sigmoid, softmax"]),
         (["--config=tiny", "--data.isolate_documents"], ["--data.isolate_documents needs a value", "True or False"]),
         (["--config=tiny", "--seed", "--workdir=x"], ["--seed needs a value"]),
-        (["--config=tiny", "seed=3"], ["'seed=3'", "--section.field=value"]),
+        (["--config=tiny", "seed=3"], ["'seed=3'", "--name=value"]),
     ],
 )
 def test_a_mistake_is_one_line_that_names_it(argv, parts, capsys):

@@ -1,7 +1,6 @@
 """The command line of infer.py. tyro makes the options and the help; every mistake becomes one line."""
 
 import contextlib
-import difflib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from typing import Annotated
 
 import tyro
 
+from dsv3_jax.command_line import option_pairs, suggestion
 from dsv3_jax.errors import ArgumentError
 from dsv3_jax.inference.sampling import Sampling, SamplingError
 
@@ -43,9 +43,14 @@ def parse_infer(argv: Sequence[str]) -> InferArguments:
     """
     if "-h" in argv or "--help" in argv:
         _tyro(["--help"], InferArguments(tyro.MISSING, tyro.MISSING))
-    options = _options(argv)
-    for option in options:
-        _require_readable(option)
+    options = []
+    for name, value in option_pairs(argv, flags=("json",)):
+        if name not in OPTIONS:
+            raise ArgumentError(f"--{name} is not an option{suggestion(name, OPTIONS, '--')}; --help lists them all")
+        if value is None and name != "json":
+            raise ArgumentError(f"--{name} needs a value: --{name}=VALUE")
+        options.append(f"--{name}" if value is None else f"--{name}={value}")
+        _require_readable(options[-1])
     for name, value in (("checkpoint", "DIR"), ("prompt", "TEXT")):
         if not any(option.startswith(f"--{name}=") for option in options):
             raise ArgumentError(f"--{name}={value} is missing; --help lists all options")
@@ -53,27 +58,6 @@ def parse_infer(argv: Sequence[str]) -> InferArguments:
     if arguments.max_new_tokens < 1:
         raise ArgumentError(f"--max_new_tokens={arguments.max_new_tokens} must be at least 1")
     return arguments
-
-
-def _options(argv: Sequence[str]) -> list[str]:
-    """Every option as --name=value, or --json alone, hyphens of its name made underscores."""
-    options, remaining = [], list(argv)
-    while remaining:
-        argument = remaining.pop(0)
-        if not argument.startswith("--"):
-            raise ArgumentError(f"{argument!r} is not an option: write --prompt={argument!r} for a prompt")
-        written, equals, value = argument[2:].partition("=")
-        name = written.replace("-", "_")
-        if name not in OPTIONS:
-            close = difflib.get_close_matches(name, OPTIONS, n=1)
-            suggestion = f" (did you mean --{close[0]}?)" if close else ""
-            raise ArgumentError(f"--{written} is not an option{suggestion}; --help lists them all")
-        if not equals and name != "json":
-            if not remaining or remaining[0].startswith("--"):
-                raise ArgumentError(f"--{name} needs a value: --{name}=VALUE")
-            equals, value = "=", remaining.pop(0)
-        options.append(f"--{name}{equals}{value}")
-    return options
 
 
 def _require_readable(option: str) -> None:
