@@ -47,14 +47,13 @@ class MultiHeadLatentAttention(nnx.Module):
         nope, rank = self.model.nope_head_dim, self.model.key_value_latent
         query_BSHd = jnp.concatenate(self._queries(x_BSD, by), axis=-1)
         latent_BSX = self.latent(x_BSD, by)
-        key_value_BSHd = self._contract("bsc,chd->bshd", latent_BSX[..., :rank], self.key_value_up[...])
-        key_rope_BSHR = jnp.broadcast_to(
-            latent_BSX[:, :, None, rank:], (*query_BSHd.shape[:3], self.model.rope_head_dim)
-        )
-        key_BSHd = jnp.concatenate([key_value_BSHd[..., :nope], key_rope_BSHR], axis=-1)
-        mixed_BSHV = causal_attention(
-            query_BSHd, key_BSHd, key_value_BSHd[..., nope:], softmax_scale(self.model), segment_ids_BS
-        )
+        # Split, not sliced: the gradient of a split is one concatenation, of two slices two paddings and a sum.
+        latent_BSC, key_rope_BSR = jnp.split(latent_BSX, [rank], axis=-1)
+        key_value_BSHd = self._contract("bsc,chd->bshd", latent_BSC, self.key_value_up[...])
+        key_nope_BSHP, value_BSHV = jnp.split(key_value_BSHd, [nope], axis=-1)
+        key_rope_BSHR = jnp.broadcast_to(key_rope_BSR[:, :, None], (*query_BSHd.shape[:3], self.model.rope_head_dim))
+        key_BSHd = jnp.concatenate([key_nope_BSHP, key_rope_BSHR], axis=-1)
+        mixed_BSHV = causal_attention(query_BSHd, key_BSHd, value_BSHV, softmax_scale(self.model), segment_ids_BS)
         return self._contract("bshv,hvd->bsd", mixed_BSHV, self.output[...]), latent_BSX
 
     def decode(self, x_BSD: Array, by: Rotation, cache_BTX: Array, positions_BS: Array) -> Array:
@@ -83,8 +82,8 @@ class MultiHeadLatentAttention(nnx.Module):
     def latent(self, x_BSD: Array, by: Rotation) -> Array:
         """What the cache keeps of each token: the normed latent (C) and the rotated, un-normed shared key (R)."""
         down_BSX = self._contract("bsd,dx->bsx", x_BSD, self.key_value_down[...])
-        rank = self.model.key_value_latent
-        return jnp.concatenate([self.key_value_norm(down_BSX[..., :rank]), rotate(down_BSX[..., rank:], by)], axis=-1)
+        latent_BSC, rope_BSR = jnp.split(down_BSX, [self.model.key_value_latent], axis=-1)
+        return jnp.concatenate([self.key_value_norm(latent_BSC), rotate(rope_BSR, by)], axis=-1)
 
     def _queries(self, x_BSD: Array, by: Rotation) -> tuple[Array, Array]:
         """The no-rope part [B, S, H, P] and the rotated part [B, S, H, R] of each head's query."""
@@ -93,8 +92,8 @@ class MultiHeadLatentAttention(nnx.Module):
         else:
             latent_BSQ = self.query_norm(self._contract("bsd,dq->bsq", x_BSD, self.query_down[...]))
             query_BSHd = self._contract("bsq,qhe->bshe", latent_BSQ, self.query_up[...])
-        nope = self.model.nope_head_dim
-        return query_BSHd[..., :nope], rotate(query_BSHd[..., nope:], by)
+        nope_BSHP, rope_BSHR = jnp.split(query_BSHd, [self.model.nope_head_dim], axis=-1)
+        return nope_BSHP, rotate(rope_BSHR, by)
 
     def _contract(self, equation: str, left: Array, right: Array) -> Array:
         return contract(equation, left, right, jnp.dtype(self.model.precision))

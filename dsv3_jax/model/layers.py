@@ -1,5 +1,6 @@
 """What every layer is made of: declared parameters, norms, contractions, stacks of equal blocks."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
 
@@ -46,9 +47,7 @@ class RMSNorm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x: Array) -> Array:
-        wide = x.astype(jnp.float32)
-        inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
-        return (wide * inverse * self.gain[...]).astype(x.dtype)
+        return _normalized(x, self.gain[...], self.epsilon)
 
 
 class FeedForward(nnx.Module):
@@ -60,12 +59,26 @@ class FeedForward(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x_BSD: Array) -> Array:
-        both = contract("bsd,dcf->bscf", x_BSD, self.gate_up[...], self.dtype)
-        return contract("bsf,fd->bsd", swiglu(both[:, :, 0], both[:, :, 1]), self.down[...], self.dtype)
+        gate_and_up = contract("bsd,dcf->bscf", x_BSD, self.gate_up[...], self.dtype)
+        return contract("bsf,fd->bsd", swiglu(gate_and_up), self.down[...], self.dtype)
 
 
-def swiglu(gate: Array, up: Array) -> Array:
+# The backward pass recomputes what lies inside a `jax.checkpoint`: these few elementwise operations cost less than
+# writing what they would save to memory and reading it back.
+
+
+@jax.checkpoint
+def swiglu(gate_and_up: Array) -> Array:
+    """silu(gate) * up: [.., 2, F] to [.., F]."""
+    gate, up = (half.squeeze(-2) for half in jnp.split(gate_and_up, 2, axis=-2))
     return jax.nn.silu(gate) * up
+
+
+@functools.partial(jax.checkpoint, static_argnums=2)
+def _normalized(x: Array, gain: Array, epsilon: float) -> Array:
+    wide = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
+    return (wide * inverse * gain).astype(x.dtype)
 
 
 def stack(make: Callable[[nnx.Rngs], M], count: int, rngs: nnx.Rngs) -> M:

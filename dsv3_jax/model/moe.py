@@ -34,9 +34,8 @@ class Experts(nnx.Module):
     def __call__(self, rows_MD: Array, group_sizes_E: Array) -> Array:
         experts, width, _, hidden = self.gate_up.shape
         gate_up = self.gate_up[...].astype(self.dtype).reshape(experts, width, 2 * hidden)
-        both = grouped_matmul(rows_MD.astype(self.dtype), gate_up, group_sizes_E)
-        hidden_MF = swiglu(both[:, :hidden], both[:, hidden:])
-        return grouped_matmul(hidden_MF, self.down[...].astype(self.dtype), group_sizes_E)
+        gate_and_up = grouped_matmul(rows_MD.astype(self.dtype), gate_up, group_sizes_E).reshape(-1, 2, hidden)
+        return grouped_matmul(swiglu(gate_and_up), self.down[...].astype(self.dtype), group_sizes_E)
 
 
 class MixtureOfExperts(nnx.Module):
