@@ -1,8 +1,8 @@
 """The whole of DeepSeek-V3 in miniature, trained on the Python standard library's source in minutes.
 
 python train.py --config=tiny
-Hardware: any laptop CPU; about two minutes on two cores. Expected: 1.6 bits per byte of held-out files (zlib -9 needs 1.9,
-xz -9 1.5); with --training.tokens=2_048_000, under what xz needs.
+Hardware: any laptop CPU; about two minutes on two cores. Expected: 1.6 bits per byte of held-out files, where zlib -9
+needs 1.9 and xz -9 1.5; with --training.tokens=2_048_000, under what xz needs.
 """
 
 from dsv3_jax.config import Config, DataConfig, LossConfig, ModelConfig, OptimizerConfig, TrainingConfig
