@@ -152,7 +152,7 @@ def test_json_holds_every_field_and_brings_back_every_value():
         "[]",
         "{}",
         to_json(tiny).replace('"width"', '"widht"'),
-        to_json(tiny).replace('"width": 160,', ""),
+        to_json(tiny).replace(f'"width": {tiny.model.width},', ""),
         to_json(tiny).replace('"seed"', '"sead"'),
         to_json(tiny.model),
     ],

@@ -1,5 +1,7 @@
 """Attention cores: softmax(scale * q k) v, for a whole row and against a latent cache."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -34,8 +36,7 @@ def causal_attention(
         if segment_ids_BS is not None:
             visible &= segment_ids_BS[:, None, :stop] == segment_ids_BS[:, start:stop, None]
         query, key, value = query_BHSd[:, :, start:stop], key_BHSd[:, :, :stop], value_BHSV[:, :, :stop]
-        weights_BHST = _softmax(_product("bhsd,bhtd->bhst", query, key, jnp.float32) * scale, visible[:, None])
-        outputs.append(_product("bhst,bhtv->bhsv", weights_BHST.astype(value.dtype), value, value.dtype))
+        outputs.append(_block_attention(query, key, value, scale, visible[:, None]))
     return jnp.concatenate(outputs, axis=2).swapaxes(1, 2)
 
 
@@ -61,6 +62,13 @@ def absorbed_attention(query_BSHX: Array, cache_BTX: Array, rank: int, scale: fl
     weights_BMT = _softmax(logits_BMT, jnp.repeat(visible_BST, heads, axis=1)).astype(query_BSHX.dtype)
     mixed_BMX = _product("bmt,btx->bmx", weights_BMT, cache_BTX, query_BSHX.dtype)
     return mixed_BMX.reshape(query_BSHX.shape)[..., :rank]
+
+
+@functools.partial(jax.checkpoint, static_argnums=3)
+def _block_attention(query_BHSd: Array, key_BHTd: Array, value_BHTV: Array, scale: float, visible: Array) -> Array:
+    """One block of queries. The backward pass recomputes the weights: kept, they would be S^2 numbers a head."""
+    weights_BHST = _softmax(_product("bhsd,bhtd->bhst", query_BHSd, key_BHTd, jnp.float32) * scale, visible)
+    return _product("bhst,bhtv->bhsv", weights_BHST.astype(value_BHTV.dtype), value_BHTV, value_BHTV.dtype)
 
 
 def _softmax(logits: Array, visible: Array) -> Array:

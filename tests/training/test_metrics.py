@@ -75,7 +75,7 @@ def test_a_log_file_gets_plain_lines_now_and_then_and_the_last(capsys, monkeypat
     monkeypatch.setattr(progress, "PLAIN_INTERVAL", 3600.0)
     shown = Progress(40, 10)
     for step in (20, 30, 40):
-        shown.show(step, 80.0 / step, 1234.5)
+        shown.show(step, {"loss": 80.0 / step, "tokens_per_second": 1234.5})
     shown.message("validation 1.5")
     shown.close()
     lines = capsys.readouterr().err.splitlines()

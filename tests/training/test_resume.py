@@ -59,8 +59,8 @@ def test_free_fields_exist():
 
 
 def test_a_changed_width_names_both_values(tmp_path):
-    with pytest.raises(OtherRunError, match="model.width: .* has 160, this command 128; .*another --workdir"):
-        refuse_other_run(tiny, _changed("model.width", 128), tmp_path)
+    with pytest.raises(OtherRunError, match="model.width: .* has 96, this command 32; .*another --workdir"):
+        refuse_other_run(_changed("model.width", 96), _changed("model.width", 32), tmp_path)
 
 
 def test_the_workdir_keeps_the_configuration(tmp_path):

@@ -36,6 +36,7 @@ def _config(microbatches: int) -> Config:
         training=dataclasses.replace(
             tiny.training, tokens=STEPS * 4 * 12, batch_size=4, sequence_length=12, microbatches=microbatches
         ),
+        loss=dataclasses.replace(tiny.loss, bias_speed=float(SPEED)),
         # With these a first update is rate * g / (|g| + 1): `_gradients` reads g back from the parameters.
         optimizer=dataclasses.replace(
             tiny.optimizer, learning_rate=2 * RATE, warmup_steps=2, epsilon=1.0, weight_decay=0.0, clip_norm=1e9
