@@ -2,8 +2,12 @@
 
 `dispatch` gives every (token, expert) pair a row, the rows of one expert next to each other; `combine` brings the
 experts' results back to the tokens. Any routing is exact: nothing is dropped, no buffer depends on the balance.
+
+A row's weight goes along with it, for the experts to apply: weighed in `combine`, what every expert answered would have
+to be kept, or computed again, for the gradient of the weights.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -24,10 +28,10 @@ class DispatchPlan(NamedTuple):
     """int32, row of each (token, choice)."""
 
 
-def dispatch(x_ND: Array, experts_NK: Array, experts: int) -> tuple[Array, DispatchPlan]:
+def dispatch(x_ND: Array, weights_NK: Array, experts_NK: Array, experts: int) -> tuple[Array, Array, DispatchPlan]:
     """Copy each token into one row an expert it goes to, rows ordered by expert.
 
-    Returns rows [M, D] and the plan that `combine` needs.
+    Returns rows [M, D], the weight of each row [M], and the plan that `combine` needs.
     """
     tokens, choices = experts_NK.shape
     flat_M = experts_NK.reshape(-1)
@@ -37,16 +41,17 @@ def dispatch(x_ND: Array, experts_NK: Array, experts: int) -> tuple[Array, Dispa
     )
     group_sizes_E = jnp.sum(flat_M[:, None] == jnp.arange(experts), axis=0, dtype=jnp.int32)
     plan = DispatchPlan(group_sizes_E, choice_M // choices, choice_M, row_M.reshape(tokens, choices))
-    return _spread(x_ND, plan), plan
+    return _spread(x_ND, plan), _permute(weights_NK, plan), plan
 
 
-def combine(rows_MD: Array, weights_NK: Array, plan: DispatchPlan) -> Array:
-    """Sum of each token's rows, weighted: [N, D] in the type of the rows; the sum is float32."""
-    return _gather_weighted(rows_MD, weights_NK, plan)
+def combine(rows_MD: Array, plan: DispatchPlan) -> Array:
+    """Sum of each token's rows: [N, D] in the type of the rows; the sum is float32."""
+    return _gather(rows_MD, plan)
 
 
-# Both directions are gathers, because the plan holds the permutation and its inverse; differentiating the gather
-# itself would give a scatter-add, several times slower and, on some backends, not reproducible.
+# All three are gathers, because the plan holds the permutation and its inverse; `_spread` and `_gather` are each other's
+# transpose. Differentiating a gather itself would give a scatter-add, several times slower and not reproducible on
+# every backend.
 
 
 @jax.custom_vjp
@@ -54,33 +59,26 @@ def _spread(x_ND: Array, plan: DispatchPlan) -> Array:
     return x_ND[plan.token_M]
 
 
-def _spread_forward(x_ND, plan):
-    return _spread(x_ND, plan), plan
-
-
-def _spread_backward(plan, gradient_MD):
-    gradient_ND = gradient_MD[plan.row_NK].astype(jnp.float32).sum(axis=1).astype(gradient_MD.dtype)
-    return gradient_ND, None
-
-
-_spread.defvjp(_spread_forward, _spread_backward)
+@jax.custom_vjp
+def _gather(rows_MD: Array, plan: DispatchPlan) -> Array:
+    return rows_MD[plan.row_NK].astype(jnp.float32).sum(axis=1).astype(rows_MD.dtype)
 
 
 @jax.custom_vjp
-def _gather_weighted(rows_MD: Array, weights_NK: Array, plan: DispatchPlan) -> Array:
-    return jnp.einsum("nkd,nk->nd", rows_MD[plan.row_NK].astype(jnp.float32), weights_NK).astype(rows_MD.dtype)
+def _permute(weights_NK: Array, plan: DispatchPlan) -> Array:
+    return weights_NK.reshape(-1)[plan.choice_M]
 
 
-def _gather_weighted_forward(rows_MD, weights_NK, plan):
-    return _gather_weighted(rows_MD, weights_NK, plan), (rows_MD, weights_NK, plan)
+def _unpermute(weights_M: Array, plan: DispatchPlan) -> Array:
+    return weights_M[plan.row_NK]
 
 
-def _gather_weighted_backward(saved, gradient_ND):
-    rows_MD, weights_NK, plan = saved
-    gradient_MD = gradient_ND[plan.token_M].astype(jnp.float32)
-    gradient_weight_M = jnp.sum(gradient_MD * rows_MD.astype(jnp.float32), axis=-1)
-    gradient_rows_MD = gradient_MD * weights_NK.reshape(-1)[plan.choice_M][:, None]
-    return gradient_rows_MD.astype(rows_MD.dtype), gradient_weight_M[plan.row_NK].astype(weights_NK.dtype), None
+def _with_transpose(function: jax.custom_vjp, transpose: Callable[[Array, DispatchPlan], Array]) -> None:
+    function.defvjp(
+        lambda values, plan: (function(values, plan), plan), lambda plan, gradient: (transpose(gradient, plan), None)
+    )
 
 
-_gather_weighted.defvjp(_gather_weighted_forward, _gather_weighted_backward)
+_with_transpose(_spread, _gather)
+_with_transpose(_gather, _spread)
+_with_transpose(_permute, _unpermute)

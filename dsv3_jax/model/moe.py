@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -23,7 +24,7 @@ class RouterStatistics(NamedTuple):
 
 
 class Experts(nnx.Module):
-    """E SwiGLU networks applied to rows grouped by expert."""
+    """E SwiGLU networks applied to rows grouped by expert, each answer times its row's weight."""
 
     def __init__(self, model: ModelConfig, rngs: nnx.Rngs):
         shape, hidden, std = (model.experts, model.width), model.expert_ffn_width, model.initializer_std
@@ -31,11 +32,19 @@ class Experts(nnx.Module):
         self.down = parameter(rngs, (shape[0], hidden, shape[1]), ("experts", "expert_ffn", "width"), std)
         self.dtype = jnp.dtype(model.precision)
 
-    def __call__(self, rows_MD: Array, group_sizes_E: Array) -> Array:
+    def __call__(self, rows_MD: Array, weights_M: Array, group_sizes_E: Array) -> Array:
         experts, width, _, hidden = self.gate_up.shape
         gate_up = self.gate_up[...].astype(self.dtype).reshape(experts, width, 2 * hidden)
         gate_and_up = grouped_matmul(rows_MD.astype(self.dtype), gate_up, group_sizes_E).reshape(-1, 2, hidden)
-        return grouped_matmul(swiglu(gate_and_up), self.down[...].astype(self.dtype), group_sizes_E)
+        return grouped_matmul(
+            _weighted_swiglu(gate_and_up, weights_M), self.down[...].astype(self.dtype), group_sizes_E
+        )
+
+
+@jax.checkpoint
+def _weighted_swiglu(gate_and_up: Array, weights_M: Array) -> Array:
+    """The product with `down` is linear: weighing what goes into it weighs the answer, at F numbers a row, not D."""
+    return (swiglu(gate_and_up) * weights_M[:, None]).astype(gate_and_up.dtype)
 
 
 class MixtureOfExperts(nnx.Module):
@@ -55,9 +64,8 @@ class MixtureOfExperts(nnx.Module):
         """
         x_ND = x_BSD.reshape(-1, x_BSD.shape[-1])
         routing = self.router(x_ND)
-        rows_MD, plan = dispatch(x_ND, routing.experts_NK, self.model.experts)
-        expert_rows_MD = self.experts(rows_MD, plan.group_sizes_E)
-        out_BSD = combine(expert_rows_MD, routing.weights_NK, plan).reshape(x_BSD.shape)
+        rows_MD, weights_M, plan = dispatch(x_ND, routing.weights_NK, routing.experts_NK, self.model.experts)
+        out_BSD = combine(self.experts(rows_MD, weights_M, plan.group_sizes_E), plan).reshape(x_BSD.shape)
         if self.model.shared_experts:
             out_BSD = out_BSD + self.shared(x_BSD)
         load_E = expert_load(routing.experts_NK, valid_BS.reshape(-1), self.model.experts)

@@ -38,10 +38,10 @@ def _inputs(experts_NK: np.ndarray) -> tuple[jax.Array, jax.Array, jax.Array, ja
 
 
 def _through_experts(x_ND, weights_NK, matrices_EDD, experts_NK):
-    """Dispatch, multiply each row by its expert's matrix, combine."""
-    rows_MD, plan = dispatch(x_ND, experts_NK, EXPERTS)
+    """Dispatch, multiply each row by its weight and its expert's matrix, combine."""
+    rows_MD, weights_M, plan = dispatch(x_ND, weights_NK, experts_NK, EXPERTS)
     expert_M = jnp.repeat(jnp.arange(EXPERTS), plan.group_sizes_E, total_repeat_length=rows_MD.shape[0])
-    return combine(jnp.einsum("md,mdf->mf", rows_MD, matrices_EDD[expert_M], precision="highest"), weights_NK, plan)
+    return combine(jnp.einsum("m,md,mdf->mf", weights_M, rows_MD, matrices_EDD[expert_M], precision="highest"), plan)
 
 
 def _dense(x_ND, weights_NK, matrices_EDD, experts_NK):
@@ -52,15 +52,17 @@ def _dense(x_ND, weights_NK, matrices_EDD, experts_NK):
 
 @every_routing
 def test_every_pair_gets_a_row_next_to_those_of_its_expert(experts_NK):
-    x_ND, *_, experts = _inputs(experts_NK)
-    rows_MD, plan = jax.jit(dispatch, static_argnums=2)(x_ND, experts, EXPERTS)
+    x_ND, weights_NK, _, experts = _inputs(experts_NK)
+    rows_MD, weights_M, plan = jax.jit(dispatch, static_argnums=3)(x_ND, weights_NK, experts, EXPERTS)
     np.testing.assert_array_equal(plan.group_sizes_E, np.bincount(experts_NK.ravel(), minlength=EXPERTS))
     assert plan.group_sizes_E.dtype == jnp.int32 and rows_MD.shape == (experts_NK.size, D)
     end_E = np.cumsum(plan.group_sizes_E)
     for expert in range(EXPERTS):
-        rows = np.asarray(rows_MD)[end_E[expert] - plan.group_sizes_E[expert] : end_E[expert]]
-        expected = np.asarray(x_ND)[np.flatnonzero((experts_NK == expert).any(axis=1))]
-        np.testing.assert_array_equal(np.sort(rows, axis=0), np.sort(expected, axis=0))
+        rows = slice(end_E[expert] - plan.group_sizes_E[expert], end_E[expert])
+        of_expert = experts_NK == expert
+        expected = np.asarray(x_ND)[np.flatnonzero(of_expert.any(axis=1))]
+        np.testing.assert_array_equal(np.sort(rows_MD[rows], axis=0), np.sort(expected, axis=0))
+        np.testing.assert_array_equal(np.sort(weights_M[rows]), np.sort(np.asarray(weights_NK)[of_expert]))
 
 
 @every_routing
@@ -92,20 +94,20 @@ def test_experts_no_token_went_to_get_no_gradient():
 
 
 def test_a_token_to_itself_and_back_is_itself():
-    x_ND, _, _, experts = _inputs(ROUTINGS["random"])
-    rows_MD, plan = dispatch(x_ND, experts, EXPERTS)
-    np.testing.assert_array_equal(combine(rows_MD, jnp.tile(jnp.array([0.25, 0.75]), (40, 1)), plan), x_ND)
+    x_ND, weights_NK, _, experts = _inputs(ROUTINGS["random"])
+    rows_MD, _, plan = dispatch(x_ND, weights_NK, experts, EXPERTS)
+    np.testing.assert_array_equal(combine(rows_MD / 2, plan), x_ND)
 
 
 def test_bfloat16_rows_are_summed_in_float32():
     tokens = 6
     experts = jnp.asarray(ROUTINGS["every expert"], jnp.int32)
     x_ND = jnp.ones((tokens, D), jnp.bfloat16)
-    weights = jnp.tile(jnp.array([256.0, 1.0, 1.0, 1.0, 1.0]), (tokens, 1))
+    weights_NK = jnp.tile(jnp.array([256.0, 1.0, 1.0, 1.0, 1.0]), (tokens, 1))
 
     def there_and_back(x_ND):
-        rows_MD, plan = dispatch(x_ND, experts, EXPERTS)
-        return combine(rows_MD, weights, plan)
+        rows_MD, weights_M, plan = dispatch(x_ND, weights_NK, experts, EXPERTS)
+        return combine(rows_MD * weights_M[:, None].astype(rows_MD.dtype), plan)
 
     out, backward = jax.vjp(there_and_back, x_ND)
     assert out.dtype == jnp.bfloat16
@@ -117,5 +119,5 @@ def test_bfloat16_rows_are_summed_in_float32():
 def test_equal_choices_keep_the_order_of_tokens():
     """Rows are stable, so that a run is reproducible on every backend."""
     x_ND = jnp.arange(8.0)[:, None]
-    rows_MD, _ = dispatch(x_ND, jnp.array([[1], [0]] * 4, jnp.int32), 2)
+    rows_MD, *_ = dispatch(x_ND, jnp.ones((8, 1)), jnp.array([[1], [0]] * 4, jnp.int32), 2)
     assert rows_MD[:, 0].tolist() == [1, 3, 5, 7, 0, 2, 4, 6]
