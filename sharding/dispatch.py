@@ -49,9 +49,9 @@ def combine(rows_MD: Array, plan: DispatchPlan) -> Array:
     return _gather(rows_MD, plan)
 
 
-# All three are gathers, because the plan holds the permutation and its inverse; `_spread` and `_gather` are each other's
-# transpose. Differentiating a gather itself would give a scatter-add, several times slower and not reproducible on
-# every backend.
+# All three are gathers, because the plan holds the permutation and its inverse; `_spread` and `_gather` are each
+# other's transpose. Differentiating a gather itself would give a scatter-add, several times slower and not
+# reproducible on every backend.
 
 
 @jax.custom_vjp
