@@ -1,18 +1,23 @@
 """Grouped matmul: rows sorted by group, each group times its own matrix. The cost follows the rows, not the groups."""
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+# The two functions that differ by platform are the product and its gradients, under one differentiation rule: what is
+# saved for the backward pass are the arguments themselves, which a scan over layers does not have to copy.
 
+
+@jax.custom_vjp
 def grouped_matmul(rows_MD: Array, weights_EDF: Array, group_sizes_E: Array) -> Array:
     """rows of group e times weights[e].
 
     Args:
         rows_MD: rows ordered by group; sum(group_sizes) of them.
-        weights_EDF: one matrix a group, in the type of the rows.
+        weights_EDF: one matrix a group, in the type of the rows; in place of F there may be several dims.
         group_sizes_E: int32, any of them 0.
 
     Returns:
@@ -20,37 +25,58 @@ def grouped_matmul(rows_MD: Array, weights_EDF: Array, group_sizes_E: Array) -> 
         weight gradient is 0.
     """
     # XLA:CPU lowers ragged_dot to a product of every row with every group's matrix; elsewhere it is a real kernel.
-    return jax.lax.platform_dependent(
-        rows_MD, weights_EDF, group_sizes_E, cpu=blocked_grouped_matmul, default=_ragged_dot
+    product_MF = jax.lax.platform_dependent(
+        rows_MD, _flat(weights_EDF), group_sizes_E, cpu=_blocked_product, default=_ragged_product
     )
+    return product_MF.reshape(rows_MD.shape[0], *weights_EDF.shape[2:])
 
 
-def _ragged_dot(rows_MD: Array, weights_EDF: Array, group_sizes_E: Array) -> Array:
+def _forward(rows_MD, weights_EDF, group_sizes_E):
+    return grouped_matmul(rows_MD, weights_EDF, group_sizes_E), (rows_MD, weights_EDF, group_sizes_E)
+
+
+def _backward(saved, gradient_MF):
+    rows_MD, weights_EDF, group_sizes_E = saved
+    gradient_rows_MD, gradient_weights_EDF = jax.lax.platform_dependent(
+        rows_MD,
+        _flat(weights_EDF),
+        group_sizes_E,
+        gradient_MF.reshape(rows_MD.shape[0], -1),
+        cpu=_blocked_gradients,
+        default=_ragged_gradients,
+    )
+    return gradient_rows_MD, gradient_weights_EDF.reshape(weights_EDF.shape), None
+
+
+grouped_matmul.defvjp(_forward, _backward)
+
+
+def _flat(weights_EDF: Array) -> Array:
+    return weights_EDF.reshape(*weights_EDF.shape[:2], math.prod(weights_EDF.shape[2:]))
+
+
+def _ragged_product(rows_MD: Array, weights_EDF: Array, group_sizes_E: Array) -> Array:
     precision = jax.lax.Precision.HIGHEST if rows_MD.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     return jax.lax.ragged_dot(
         rows_MD, weights_EDF, group_sizes_E, precision=precision, preferred_element_type=rows_MD.dtype
     )
 
 
-@jax.custom_vjp
-def blocked_grouped_matmul(rows_MD: Array, weights_EDF: Array, group_sizes_E: Array) -> Array:
-    """`grouped_matmul` as a loop over blocks of rows, one plain matmul a block."""
+def _ragged_gradients(rows_MD: Array, weights_EDF: Array, group_sizes_E: Array, gradient_MF: Array):
+    backward = jax.vjp(lambda *operands: _ragged_product(*operands, group_sizes_E), rows_MD, weights_EDF)[1]
+    return backward(gradient_MF)
+
+
+def _blocked_product(rows_MD: Array, weights_EDF: Array, group_sizes_E: Array) -> Array:
+    """A loop over blocks of rows, one plain matmul a block."""
     return _blocked_rows(rows_MD, weights_EDF, group_sizes_E, jnp.matmul, weights_EDF.shape[2])
 
 
-def _forward(rows_MD, weights_EDF, group_sizes_E):
-    return blocked_grouped_matmul(rows_MD, weights_EDF, group_sizes_E), (rows_MD, weights_EDF, group_sizes_E)
-
-
-def _backward(saved, gradient_MF):
-    rows_MD, weights_EDF, group_sizes_E = saved
+def _blocked_gradients(rows_MD: Array, weights_EDF: Array, group_sizes_E: Array, gradient_MF: Array):
     gradient_rows_MD = _blocked_rows(
         gradient_MF, weights_EDF, group_sizes_E, lambda block, weight: block @ weight.T, weights_EDF.shape[1]
     )
-    return gradient_rows_MD, _blocked_weights(rows_MD, gradient_MF, group_sizes_E).astype(weights_EDF.dtype), None
-
-
-blocked_grouped_matmul.defvjp(_forward, _backward)
+    return gradient_rows_MD, _blocked_weights(rows_MD, gradient_MF, group_sizes_E).astype(weights_EDF.dtype)
 
 
 class _Blocks(NamedTuple):

@@ -33,9 +33,7 @@ class Experts(nnx.Module):
         self.dtype = jnp.dtype(model.precision)
 
     def __call__(self, rows_MD: Array, weights_M: Array, group_sizes_E: Array) -> Array:
-        experts, width, _, hidden = self.gate_up.shape
-        gate_up = self.gate_up[...].astype(self.dtype).reshape(experts, width, 2 * hidden)
-        gate_and_up = grouped_matmul(rows_MD.astype(self.dtype), gate_up, group_sizes_E).reshape(-1, 2, hidden)
+        gate_and_up = grouped_matmul(rows_MD.astype(self.dtype), self.gate_up[...].astype(self.dtype), group_sizes_E)
         return grouped_matmul(
             _weighted_swiglu(gate_and_up, weights_M), self.down[...].astype(self.dtype), group_sizes_E
         )

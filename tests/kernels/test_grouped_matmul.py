@@ -67,6 +67,19 @@ def test_product_and_gradients_are_those_of_the_loop(sizes):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_matrices_may_have_several_output_dims():
+    rows, weights, sizes, cotangent = _inputs(CASES["random"], jnp.float32)
+
+    def folded(array):
+        return jnp.stack([array, -array], axis=-2)
+
+    product, *gradients = _all(rows, folded(weights), sizes, folded(cotangent))
+    expected, of_rows, of_weights = _loop(rows, weights, sizes, cotangent)
+    np.testing.assert_allclose(product, folded(expected), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(gradients[0], 2 * of_rows, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(gradients[1], folded(of_weights), rtol=1e-5, atol=1e-5)
+
+
 def test_an_empty_groups_gradient_is_exactly_zero():
     inputs = _inputs(CASES["empty groups, first and last too"], jnp.float32)
     of_weights = np.asarray(_all(*inputs)[2])
