@@ -63,7 +63,7 @@ def _ragged_product(rows_MD: Array, weights_EDF: Array, group_sizes_E: Array) ->
 
 
 def _ragged_gradients(rows_MD: Array, weights_EDF: Array, group_sizes_E: Array, gradient_MF: Array):
-    backward = jax.vjp(lambda *operands: _ragged_product(*operands, group_sizes_E), rows_MD, weights_EDF)[1]
+    _, backward = jax.vjp(lambda rows, weights: _ragged_product(rows, weights, group_sizes_E), rows_MD, weights_EDF)
     return backward(gradient_MF)
 
 
