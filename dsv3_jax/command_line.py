@@ -41,7 +41,7 @@ class TrainArguments:
     workdir: Path
     """Folder of the run: config.json, metrics, checkpoints, plots, summary.json."""
     init: Path | None
-    """Start from the parameters of this workdir, checkpoint or Hugging Face directory."""
+    """Start from the parameters of this workdir or checkpoint."""
 
 
 def parse_train(argv: Sequence[str]) -> TrainArguments:
