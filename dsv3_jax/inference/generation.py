@@ -11,7 +11,7 @@ reaches them. A row's result is that of its prompt alone.
 
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -24,11 +24,12 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.data.tokenizer import special_tokens
 from dsv3_jax.errors import UserError
 from dsv3_jax.inference.sampling import Sampling, SamplingInputs, choose_tokens
-from dsv3_jax.inference.weights import with_inference_types
+from dsv3_jax.inference.weights import unstacked, with_inference_types
 from dsv3_jax.model.transformer import Transformer
 
-# Tokens a call: few enough that streamed text flows, enough that the call's own 0.2 ms is lost among theirs.
-CHUNK = 16
+# Tokens a call: more and more of them, so that the call's own time is lost among theirs, as long as text still flows.
+FIRST_CHUNK, LONGEST_CHUNK = 8, 64
+FLOWING_SECONDS = 0.05
 
 
 class GenerationError(UserError, ValueError):
@@ -69,8 +70,10 @@ class Generator:
     """Continues token ids with a model; `complete` in completion.py does the same for text."""
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer):
-        # Cast once here, not at every token.
-        self._model = with_inference_types(_cast, model, model.model.precision)
+        # Cast and unstacked once here, not at every token; as leaves, because flattening modules at every call is slow.
+        model = unstacked(with_inference_types(_cast, model, model.model.precision))
+        self._leaves, structure = jax.tree.flatten(model)
+        self._prefill, self._decode_chunk = _compiled(structure)
         self._config = model.model
         ids = np.fromiter(tokenizer.get_vocab(with_added_tokens=True).values(), np.int32)
         known_W = np.zeros(self._config.vocabulary, bool)
@@ -82,7 +85,7 @@ class Generator:
         """Continue all prompts together, each until the end token or `max_new_tokens`.
 
         Yields:
-            The first token of every prompt, then up to CHUNK more at a time.
+            The first token of every prompt, then up to LONGEST_CHUNK more at a time.
 
         Raises:
             GenerationError: an empty prompt, one too long for the model, or a model whose logits are NaN.
@@ -91,23 +94,26 @@ class Generator:
         tokens_BS, lengths_B = _padded(prompts, prompt_bucket(longest, self._config))
         inputs = SamplingInputs.of(sampling, len(prompts))
         cache_length = cache_bucket(longest + max_new_tokens, self._config)
-        rows = _prefill(self._model, tokens_BS, lengths_B, inputs, self._vocabulary, cache_length)
+        rows = self._prefill(self._leaves, tokens_BS, lengths_B, inputs, self._vocabulary, cache_length)
         ended_B = np.zeros(len(prompts), bool)
         yield Chunk(self._new_ids(np.asarray(rows.tokens_B)[:, None], ended_B), 0.0)
         left = max_new_tokens - 1
         if left:
             # No steps: compiles the chunk, so that the first one's time is the model's.
             rows, _, _ = self._decode(rows, inputs, 0)
+        steps = FIRST_CHUNK
         while left and not ended_B.all():
             start = time.perf_counter()
-            rows, chunk_BC, count = self._decode(rows, inputs, min(left, CHUNK))
+            rows, chunk_BC, count = self._decode(rows, inputs, min(left, steps))
             made_BC = np.asarray(chunk_BC)[:, : int(count)]
             seconds = time.perf_counter() - start
             yield Chunk(self._new_ids(made_BC, ended_B), seconds)
             left -= made_BC.shape[1]
+            if 2 * seconds < FLOWING_SECONDS:
+                steps = min(2 * steps, LONGEST_CHUNK)
 
     def _decode(self, rows: Rows, inputs: SamplingInputs, steps: int) -> tuple[Rows, Array, Array]:
-        return _decode_chunk(self._model, rows, inputs, self._vocabulary, jnp.int32(steps))
+        return self._decode_chunk(self._leaves, rows, inputs, self._vocabulary, np.int32(steps))
 
     def _check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> int:
         if max_new_tokens < 1:
@@ -147,7 +153,16 @@ def cache_bucket(positions: int, config: ModelConfig) -> int:
     return _bucket(positions, 128, config)
 
 
-@functools.partial(jax.jit, static_argnames="cache_length")
+@functools.cache
+def _compiled(structure: jax.tree_util.PyTreeDef) -> tuple[Callable, Callable]:
+    """`_prefill` and `_decode_chunk`, jitted, for models of one structure, which they take as leaves."""
+
+    def of_leaves(function: Callable) -> Callable:
+        return lambda leaves, *arguments: function(jax.tree.unflatten(structure, leaves), *arguments)
+
+    return jax.jit(of_leaves(_prefill), static_argnums=5), jax.jit(of_leaves(_decode_chunk), donate_argnums=1)
+
+
 def _prefill(
     model: Transformer,
     tokens_BS: Array,
@@ -164,11 +179,13 @@ def _prefill(
     return Rows(cache_LBTX, tokens_B, lengths_B)
 
 
-@functools.partial(jax.jit, donate_argnames="rows")
 def _decode_chunk(
     model: Transformer, rows: Rows, inputs: SamplingInputs, vocabulary: Vocabulary, steps: Array
 ) -> tuple[Rows, Array, Array]:
-    """Up to `steps` more tokens a row, fewer where every row has ended: the rows, int32 [B, CHUNK], and how many."""
+    """Up to `steps` more tokens a row, fewer where every row has ended.
+
+    Returns the rows, the tokens int32 [B, LONGEST_CHUNK], and how many of them were made.
+    """
 
     def goes_on(carry) -> Array:
         rows, _, count = carry
@@ -183,7 +200,7 @@ def _decode_chunk(
         rows = Rows(cache_LBTX, tokens_B, rows.positions_B + ~ended_B)
         return rows, made_BC.at[:, count].set(tokens_B), count + 1
 
-    made_BC = jnp.zeros((rows.tokens_B.shape[0], CHUNK), jnp.int32)
+    made_BC = jnp.zeros((rows.tokens_B.shape[0], LONGEST_CHUNK), jnp.int32)
     return jax.lax.while_loop(goes_on, one_token, (rows, made_BC, jnp.int32(0)))
 
 

@@ -1,10 +1,14 @@
-"""The types a model is held in when it only runs."""
+"""How a model is held when it only runs: in which types, and every layer by itself."""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
+
+from dsv3_jax.model.layers import unstack
+from dsv3_jax.model.transformer import Transformer
 
 # What computes in float32 whatever the matmuls do: norm gains and the router.
 KEPT_FLOAT32 = frozenset({"gain", "router"})
@@ -21,3 +25,12 @@ def with_inference_types(change: Callable[[Any, jnp.dtype], Any], tree: Any, pre
         return change(leaf, jnp.dtype(jnp.float32 if KEPT_FLOAT32.intersection(names) else precision))
 
     return jax.tree_util.tree_map_with_path(change_one, tree)
+
+
+def unstacked(model: Transformer) -> Transformer:
+    """The model with a list of blocks in place of each stack; for whole rows and decoding, not for training."""
+    model = nnx.clone(model)
+    for name in ("dense_blocks", "moe_blocks"):
+        if hasattr(model, name):
+            setattr(model, name, unstack(getattr(model, name)))
+    return model

@@ -92,8 +92,23 @@ def stack(make: Callable[[nnx.Rngs], M], count: int, rngs: nnx.Rngs) -> M:
     return nnx.merge(structure, _map_variables(lambda axes: ("layers", *axes), state))
 
 
+def unstack(stacked: M) -> nnx.List[M]:
+    """The modules of a stack, each with arrays of its own: `scan_stack` takes them as it takes the stack.
+
+    A compiled loop over a stack copies every layer's arrays out of it before it uses them. That is nothing beside
+    whole rows of tokens, and most of the time of a single one.
+    """
+    structure, state = nnx.split(stacked)
+    count = jax.tree.leaves(state)[0].shape[0]
+
+    def layer(index: int) -> nnx.State:
+        return jax.tree.map(lambda leaf: leaf[index], _map_variables(lambda axes: axes[1:], state))
+
+    return nnx.List([nnx.merge(structure, layer(index)) for index in range(count)])
+
+
 def scan_stack(
-    stacked: nnx.Module,
+    stacked: nnx.Module | nnx.List,
     body: Callable[[Any, Any, Any], tuple[Any, Any]],
     carry: Any,
     inputs: Any = None,
@@ -102,8 +117,14 @@ def scan_stack(
     """Scan `body(block, carry, input) -> (carry, output)` over the layers of a stack: one compiled body for any depth.
 
     Returns the last carry and the outputs with a leading "layers" dim. With remat "block" the backward pass
-    recomputes a block from its carry.
+    recomputes a block from its carry. An unstacked stack is compiled layer by layer.
     """
+    if isinstance(stacked, nnx.List):
+        outputs = []
+        for index, block in enumerate(stacked):
+            carry, output = body(block, carry, jax.tree.map(lambda rows, index=index: rows[index], inputs))
+            outputs.append(output)
+        return carry, jax.tree.map(lambda *rows: jnp.stack(rows), *outputs)
     structure, state = nnx.split(stacked)
 
     def step(carry, layer):

@@ -9,8 +9,17 @@ import numpy as np
 import pytest
 
 from dsv3_jax.data.tokenizer import special_tokens
-from dsv3_jax.inference.generation import CHUNK, GenerationError, Generator, cache_bucket, prompt_bucket
+from dsv3_jax.inference import generation
+from dsv3_jax.inference.generation import (
+    FIRST_CHUNK,
+    FLOWING_SECONDS,
+    GenerationError,
+    Generator,
+    cache_bucket,
+    prompt_bucket,
+)
 from dsv3_jax.inference.sampling import Sampling
+from dsv3_jax.inference.weights import unstacked
 from dsv3_jax.model.functional import put_together, skeleton_of, take_apart
 
 GREEDY = Sampling(temperature=0.0)
@@ -51,7 +60,10 @@ def generator(model, tokenizer):
     return Generator(model, tokenizer)
 
 
-def test_padded_prefill_and_decode_have_the_logits_of_the_whole_sequence(model):
+@pytest.mark.parametrize("held", [lambda model: model, unstacked], ids=["stacked", "unstacked"])
+def test_padded_prefill_and_decode_have_the_logits_of_the_whole_sequence(model, held):
+    held_model = held(model)
+
     @jax.jit
     def prefill(model, tokens_BS, cache):
         hidden_BSD, cache = model.prefill(tokens_BS, cache)
@@ -65,10 +77,10 @@ def test_padded_prefill_and_decode_have_the_logits_of_the_whole_sequence(model):
     rows, lengths_B = np.arange(2), np.array([3, 16])
     whole_BS = np.array(prompts_of([22, 22]), np.int32)
     padded_BS = np.where(np.arange(16) < lengths_B[:, None], whole_BS[:, :16], 0)
-    logits_BSW, cache = prefill(model, padded_BS, model.empty_cache(2, 32))
+    logits_BSW, cache = prefill(held_model, padded_BS, model.empty_cache(2, 32))
     made = [logits_BSW[rows, lengths_B - 1]]
     for positions_B in lengths_B + np.arange(6)[:, None]:
-        logits_B1W, cache = decode(model, whole_BS[rows, positions_B][:, None], cache, positions_B[:, None])
+        logits_B1W, cache = decode(held_model, whole_BS[rows, positions_B][:, None], cache, positions_B[:, None])
         made.append(logits_B1W[:, 0])
     expected_BSW = np.asarray(forward(model, whole_BS))
     for step, logits_BW in enumerate(made):
@@ -78,10 +90,10 @@ def test_padded_prefill_and_decode_have_the_logits_of_the_whole_sequence(model):
 @pytest.mark.parametrize("lengths", [[5], [1, 40], [16, 17]])
 def test_greedy_is_the_argmax_of_the_whole_sequence_at_every_token(generator, model, tokenizer, lengths):
     prompts = prompts_of(lengths)
-    rows = ids_of(generator, prompts, GREEDY, 2 * CHUNK + 5)
+    rows = ids_of(generator, prompts, GREEDY, 4 * FIRST_CHUNK + 5)
     assert len(set(itertools.chain(*rows))) > 8
     for prompt, row in zip(prompts, rows, strict=True):
-        assert len(row) == 2 * CHUNK + 5 or row[-1] == special_tokens(tokenizer).end
+        assert len(row) == 4 * FIRST_CHUNK + 5 or row[-1] == special_tokens(tokenizer).end
         assert argmax_of_whole(model, prompt, row) == row
 
 
@@ -98,7 +110,7 @@ def test_a_row_of_a_batch_is_its_prompt_alone(generator, sampling):
 def test_fewer_tokens_are_the_beginning_of_more(generator):
     (prompt,), sampling = prompts_of([12]), Sampling(1.0, 0, 1.0, seed=1)
     most = ids_of(generator, [prompt], sampling, 100)[0]
-    for tokens in (1, 2, CHUNK, CHUNK + 1, CHUNK + 2):
+    for tokens in (1, 2, FIRST_CHUNK, FIRST_CHUNK + 1, FIRST_CHUNK + 2):
         assert ids_of(generator, [prompt], sampling, tokens)[0] == most[:tokens]
 
 
@@ -142,7 +154,7 @@ def test_a_row_stops_after_the_end_token_and_the_others_go_on(generator, model, 
     assert ids_of(stopping, prompts, GREEDY, 30) == [[*free[0][:stop], end], free[1]]
     # Alone, it ends the work too.
     chunks = list(stopping.generate(prompts[:1], GREEDY, 100))
-    assert len(chunks) == 1 + -(-stop // CHUNK)
+    assert sum(len(chunk.token_ids[0]) for chunk in chunks) == stop + 1 and len(chunks) < 5
 
 
 def test_a_prompt_may_hold_the_end_token(generator, tokenizer):
@@ -175,8 +187,8 @@ def test_a_model_that_diverged_is_told(model, tokenizer, temperature):
 
 
 def test_time_is_counted_for_all_but_the_first_token(generator):
-    chunks = list(generator.generate(prompts_of([5]), GREEDY, CHUNK + 3))
-    assert [len(chunk.token_ids[0]) for chunk in chunks] == [1, CHUNK, 2]
+    chunks = list(generator.generate(prompts_of([5]), GREEDY, FIRST_CHUNK + 3))
+    assert [len(chunk.token_ids[0]) for chunk in chunks] == [1, FIRST_CHUNK, 2]
     assert chunks[0].seconds == 0 and all(chunk.seconds > 0 for chunk in chunks[1:])
 
 
@@ -186,3 +198,19 @@ def test_lengths_fall_into_few_buckets(model):
     assert [cache_bucket(tokens, config) for tokens in (1, 128, 129, 2049, 3000)] == [128, 128, 256, 3000, 3000]
     assert len({cache_bucket(tokens, config) for tokens in range(1, 3001)}) == 6
     assert all(prompt_bucket(tokens, config) <= cache_bucket(tokens + 1, config) for tokens in range(1, 3000))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"), [(FLOWING_SECONDS / 4, [1, 8, 16, 32, 40]), (FLOWING_SECONDS, [1] + 12 * [8])]
+)
+def test_chunks_grow_while_text_still_flows(model, tokenizer, monkeypatch, seconds, expected):
+    now = itertools.count(step=seconds)
+    monkeypatch.setattr(generation.time, "perf_counter", lambda: next(now))
+
+    def never_the_end(head_DW: np.ndarray) -> np.ndarray:
+        head_DW[:, special_tokens(tokenizer).end] = 0.0  # below the best of three hundred random logits
+        return head_DW
+
+    generator = Generator(with_head(model, never_the_end), tokenizer)
+    chunks = list(generator.generate(prompts_of([5]), GREEDY, sum(expected)))
+    assert [len(chunk.token_ids[0]) for chunk in chunks] == expected
