@@ -7,6 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+# Up to so many rows a CPU is faster with a matrix copied for every row than with a loop.
+FEW_ROWS = 8
+
 # The two functions that differ by platform are the product and its gradients, under one differentiation rule: what is
 # saved for the backward pass are the arguments themselves, which a scan over layers does not have to copy.
 
@@ -68,7 +71,11 @@ def _ragged_gradients(rows_MD: Array, weights_EDF: Array, group_sizes_E: Array, 
 
 
 def _blocked_product(rows_MD: Array, weights_EDF: Array, group_sizes_E: Array) -> Array:
-    """A loop over blocks of rows, one plain matmul a block."""
+    """A loop over blocks of rows, one plain matmul a block; of few rows, as in decoding, one batched matmul."""
+    if rows_MD.shape[0] <= FEW_ROWS:
+        group_M = jnp.sum(jnp.cumsum(group_sizes_E) <= jnp.arange(rows_MD.shape[0])[:, None], axis=1)
+        product_MF = jnp.einsum("md,mdf->mf", rows_MD, weights_EDF[group_M], preferred_element_type=jnp.float32)
+        return product_MF.astype(rows_MD.dtype)
     return _blocked_rows(rows_MD, weights_EDF, group_sizes_E, jnp.matmul, weights_EDF.shape[2])
 
 

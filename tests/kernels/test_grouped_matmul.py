@@ -23,6 +23,7 @@ CASES = {
     "all in the last": [0, 0, 33],
     "all in the middle": [0, 129, 0],
     "one row": [0, 1, 0],
+    "few rows": [0, 3, 0, 5, 0],
     "one row a group": [1] * 9,
     "one group": [50],
     "whole blocks": [128, 256, 128],
