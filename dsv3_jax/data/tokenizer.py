@@ -5,7 +5,6 @@ ordinary text, and only ids put a special token into a stream.
 """
 
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from dsv3_jax.config import ConfigError
 from dsv3_jax.data.documents import DocumentSource
 from dsv3_jax.data.errors import DataError
+from dsv3_jax.files import write_atomically
 
 # DeepSeek's spelling: fullwidth bars (U+FF5C) and U+2581 between words, not the ASCII of the paper.
 SPECIAL_TOKENS = (
@@ -137,12 +137,7 @@ def load_tokenizer(path: str | Path, vocabulary: int) -> Tokenizer:
 
 def save_tokenizer(tokenizer: Tokenizer, path: str | Path) -> None:
     """Write a tokenizer.json, whole or not at all."""
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(Path(path), tokenizer.to_str(pretty=True))
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -9,8 +9,11 @@ so the folder of one step is all that inference, fine-tuning or a colleague need
 """
 
 import dataclasses
+import functools
 import json
 import logging
+import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -231,6 +234,19 @@ def _reason(error: BaseException) -> str:
     return text.splitlines()[0]
 
 
+@functools.cache
 def _quiet_orbax() -> None:
-    # Orbax tells every stage of a save at INFO, and logs a failure with its traceback besides raising it.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    """Keep what Orbax raises as the only word on a failed save."""
+    # It tells every stage at INFO, and logs a failure with its traceback besides raising it; asyncio logs those of its
+    # writes that it, having seen one fail, does not wait for.
+    for logger in ("absl", "asyncio"):
+        logging.getLogger(logger).setLevel(logging.CRITICAL)
+    # Those writes end when its event loop has been closed, a traceback each, or never start, a warning each.
+    warnings.filterwarnings("ignore", r"coroutine 'async_serialize.* was never awaited", RuntimeWarning)
+    report = sys.unraisablehook
+
+    def report_others(unraisable: "sys.UnraisableHookArgs") -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            report(unraisable)
+
+    sys.unraisablehook = report_others

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsv3_jax.training.files import write_atomically
+from dsv3_jax.files import naming, write_atomically
 
 Metric = float | int | Sequence[float]
 
@@ -34,8 +34,9 @@ class MetricsLog:
 
         A list, such as one value a layer, is one list in the line and one scalar an element in TensorBoard.
         """
-        self._file.write(_line({"step": step, **values}))
-        self._file.flush()
+        with naming(Path(self._file.name)):
+            self._file.write(_line({"step": step, **values}))
+            self._file.flush()
         for name, value in values.items():
             is_list = isinstance(value, Sequence)
             for index, element in enumerate(value if isinstance(value, Sequence) else [value]):

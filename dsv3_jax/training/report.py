@@ -11,12 +11,12 @@ from tokenizers import Tokenizer
 from dsv3_jax.config import Config
 from dsv3_jax.data.corpus import Corpus
 from dsv3_jax.data.pipeline import validation_bytes
+from dsv3_jax.files import write_atomically
 from dsv3_jax.inference.completion import Completion, complete
 from dsv3_jax.inference.sampling import Sampling
 from dsv3_jax.model.functional import Skeleton, put_together
 from dsv3_jax.training.compression import bits_per_byte
 from dsv3_jax.training.evaluation import Evaluation
-from dsv3_jax.training.files import write_summary
 from dsv3_jax.training.flops import model_flops_per_token, parameter_counts
 from dsv3_jax.training.loop import LoopResult
 from dsv3_jax.training.plots import write_expert_load, write_loss_curve
@@ -47,7 +47,7 @@ def write_report(run: Run, result: LoopResult, evaluation: Evaluation, matmul_ra
         print_sample(sample(run, result.state, prompt))
     print_next_command(run.workdir, prompt)
     # Last: a workdir with a summary has had its whole report.
-    write_summary(run.workdir, summary)
+    write_atomically(run.workdir / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
 
 
 def repeat_report(workdir: Path) -> bool:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_jax.config import Config, ConfigError, from_json, to_json
+from dsv3_jax.files import write_atomically
 from dsv3_jax.training.checkpoint import CheckpointError
-from dsv3_jax.training.files import write_atomically
 
 FREE_ON_RESUME = frozenset(
     {

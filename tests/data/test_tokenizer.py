@@ -127,7 +127,7 @@ def test_save_leaves_the_old_file_when_it_fails(
     def fail(*arguments: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("os.replace", fail)
+    monkeypatch.setattr(Path, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
         save_tokenizer(tokenizer, path)
     assert list(tmp_path.iterdir()) == [path]

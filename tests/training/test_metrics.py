@@ -3,11 +3,9 @@
 import json
 from pathlib import Path
 
-import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from dsv3_jax.training import progress
-from dsv3_jax.training.files import write_atomically, write_summary
 from dsv3_jax.training.metrics import MetricsLog, read_metrics
 from dsv3_jax.training.progress import Progress
 
@@ -81,20 +79,3 @@ def test_a_log_file_gets_plain_lines_now_and_then_and_the_last(capsys, monkeypat
     lines = capsys.readouterr().err.splitlines()
     assert [line.partition("  ")[0] for line in lines] == ["step 20/40", "step 40/40", "validation 1.5"]
     assert "loss 2.0000  1,234 tokens/s" in lines[1] and "\r" not in "".join(lines)
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    write_summary(tmp_path, {"tokens": 5})
-
-    def fail(path: Path, target: Path) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", fail)
-        with pytest.raises(OSError, match="No space"):
-            write_summary(tmp_path, {"tokens": 6})
-    assert json.loads((tmp_path / "summary.json").read_text()) == {"tokens": 5}
-    with pytest.raises(ValueError):
-        write_summary(tmp_path, {"loss": float("nan")})
-    write_atomically(tmp_path / "new/folder/file", "é")
-    assert (tmp_path / "new/folder/file").read_bytes() == "é".encode()
