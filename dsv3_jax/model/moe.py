@@ -39,10 +39,23 @@ class Experts(nnx.Module):
         )
 
 
-@jax.checkpoint
+@jax.custom_vjp
 def _weighted_swiglu(gate_and_up: Array, weights_M: Array) -> Array:
     """The product with `down` is linear: weighing what goes into it weighs the answer, at F numbers a row, not D."""
     return (swiglu(gate_and_up) * weights_M[:, None]).astype(gate_and_up.dtype)
+
+
+def _weighted_swiglu_backward(saved: tuple[Array, Array], gradient_MF: Array) -> tuple[Array, Array]:
+    """One pass over [M, 2, F], where differentiating `swiglu` joins two halves: on XLA:CPU twice as slow."""
+    gate_and_up, weights_M = saved
+    gate, up = gate_and_up[:, :1], gate_and_up[:, 1:]
+    sigmoid, gradient = jax.nn.sigmoid(gate), gradient_MF[:, None]
+    of_halves = jnp.where(jnp.arange(2)[:, None] == 0, up * sigmoid * (1 + gate * (1 - sigmoid)), gate * sigmoid)
+    gradient_weights_M = jnp.sum(gradient * gate * sigmoid * up, axis=(1, 2))
+    return of_halves * gradient * weights_M[:, None, None], gradient_weights_M
+
+
+_weighted_swiglu.defvjp(lambda *arguments: (_weighted_swiglu(*arguments), arguments), _weighted_swiglu_backward)
 
 
 class MixtureOfExperts(nnx.Module):
