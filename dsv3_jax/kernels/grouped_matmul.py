@@ -86,73 +86,83 @@ def _blocked_gradients(rows_MD: Array, weights_EDF: Array, group_sizes_E: Array,
     return gradient_rows_MD, _blocked_weights(rows_MD, gradient_MF, group_sizes_E).astype(weights_EDF.dtype)
 
 
-class _Blocks(NamedTuple):
-    """The plan of a loop over blocks of rows, none of which spans two groups; entries past `number` are not used."""
-
-    number: Array
-    group: Array
-    start: Array
-    """First row of the block."""
-    stop: Array
-    """End of the rows of the block's group."""
-
-
-def _blocks(rows: int, height: int, group_sizes_E: Array) -> _Blocks:
-    """Blocks of `height` rows, the last of each group possibly fewer."""
-    blocks_E = -(-group_sizes_E // height)
-    last_E, stop_E = jnp.cumsum(blocks_E), jnp.cumsum(group_sizes_E)
-    index = jnp.arange(rows // height + group_sizes_E.shape[0])
-    group = jnp.minimum(jnp.sum(last_E <= index[:, None], axis=1), group_sizes_E.shape[0] - 1)
-    start = (stop_E - group_sizes_E)[group] + (index - (last_E - blocks_E)[group]) * height
-    return _Blocks(last_E[-1], group, start, stop_E[group])
-
-
 def _blocked_rows(rows, weights, group_sizes_E, product, width) -> Array:
-    """[M, width]: product(block of rows, its group's matrix), block by block.
+    """[M, width]: product(block of rows, its group's matrix), group by group, block by block.
 
-    Blocks go in row order and each writes its whole height: what a group's last block writes past the group's end is
-    overwritten by the next group's first block. Only a block that would pass the end of the array is shifted back, and
-    keeps the rows already written.
+    A group's last block writes its whole height: what lies past the group's end is overwritten by the next group. Only
+    a block that would pass the end of the array is shifted back, and keeps the rows already written.
     """
-    count, height = rows.shape[0], _block_height(rows.shape[0], weights.shape[0])
-    blocks = _blocks(count, height, group_sizes_E)
+    count = rows.shape[0]
+    blocks = _blocks(count, group_sizes_E)
 
-    def body(index, out):
-        start = blocks.start[index]
-        first = jnp.minimum(start, count - height)
-        taken = jax.lax.dynamic_slice_in_dim(rows, first, height)
-        made = product(taken, jax.lax.dynamic_index_in_dim(weights, blocks.group[index], keepdims=False))
-        kept = jax.lax.dynamic_slice_in_dim(out, first, height)
-        made = jnp.where((first + jnp.arange(height) >= start)[:, None], made, kept)
-        return jax.lax.dynamic_update_slice_in_dim(out, made, first, 0)
+    def body(group, out):
+        weight = jax.lax.dynamic_index_in_dim(weights, group, keepdims=False)
+        for height, number_E, start_E in blocks:
 
-    return jax.lax.fori_loop(0, blocks.number, body, jnp.zeros((count, width), rows.dtype))
+            def block(index, out, height=height, begin=start_E[group]):
+                start = begin + index * height
+                first = jnp.minimum(start, count - height)
+                made = product(jax.lax.dynamic_slice_in_dim(rows, first, height), weight)
+                kept = jax.lax.dynamic_slice_in_dim(out, first, height)
+                made = jnp.where((first + jnp.arange(height) >= start)[:, None], made, kept)
+                return jax.lax.dynamic_update_slice_in_dim(out, made, first, 0)
+
+            out = jax.lax.fori_loop(0, number_E[group], block, out)
+        return out
+
+    return jax.lax.fori_loop(0, weights.shape[0], body, jnp.zeros((count, width), rows.dtype))
 
 
 def _blocked_weights(rows_MD, gradient_MF, group_sizes_E) -> Array:
     """float32 [E, D, F]: sum over a group's rows of row^T gradient, block by block."""
     count, groups = rows_MD.shape[0], group_sizes_E.shape[0]
-    height = _block_height(count, groups)
-    blocks = _blocks(count, height, group_sizes_E)
+    blocks, stop_E = _blocks(count, group_sizes_E), jnp.cumsum(group_sizes_E)
 
-    def body(index, total_EDF):
-        group, start, stop = blocks.group[index], blocks.start[index], blocks.stop[index]
-        first = jnp.minimum(start, count - height)
-        row = first + jnp.arange(height)
-        taken = jax.lax.dynamic_slice_in_dim(rows_MD, first, height)
-        gradient = jax.lax.dynamic_slice_in_dim(gradient_MF, first, height)
-        gradient = jnp.where(((row >= start) & (row < stop))[:, None], gradient, 0)
-        added = jnp.matmul(taken.T, gradient, preferred_element_type=jnp.float32)
-        total = jax.lax.dynamic_index_in_dim(total_EDF, group, keepdims=False)
-        return jax.lax.dynamic_update_index_in_dim(total_EDF, total + added, group, 0)
+    def body(group, out_EDF):
+        total_DF = jnp.zeros(out_EDF.shape[1:], jnp.float32)
+        for height, number_E, start_E in blocks:
+
+            def block(index, total_DF, height=height, begin=start_E[group]):
+                start = begin + index * height
+                first = jnp.minimum(start, count - height)
+                row = first + jnp.arange(height)
+                taken = jax.lax.dynamic_slice_in_dim(rows_MD, first, height)
+                gradient = jax.lax.dynamic_slice_in_dim(gradient_MF, first, height)
+                gradient = jnp.where(((row >= start) & (row < stop_E[group]))[:, None], gradient, 0)
+                return total_DF + jnp.matmul(taken.T, gradient, preferred_element_type=jnp.float32)
+
+            total_DF = jax.lax.fori_loop(0, number_E[group], block, total_DF)
+        return jax.lax.dynamic_update_index_in_dim(out_EDF, total_DF, group, 0)
 
     zeros = jnp.zeros((groups, rows_MD.shape[1], gradient_MF.shape[1]), jnp.float32)
-    return jax.lax.fori_loop(0, blocks.number, body, zeros)
+    return jax.lax.fori_loop(0, groups, body, zeros)
 
 
-def _block_height(rows: int, groups: int) -> int:
-    """Rows a block: enough for a fast matmul, few enough that the half block a group wastes on average stays small."""
-    height = 8
-    while height < 128 and height * groups < rows:
-        height *= 2
-    return min(height, rows)
+class _Blocks(NamedTuple):
+    """A group's blocks of one height, one after the other."""
+
+    height: int
+    number_E: Array
+    start_E: Array
+    """Row of each group's first such block."""
+
+
+def _blocks(rows: int, group_sizes_E: Array) -> list[_Blocks]:
+    """Blocks that cover every group, the highest first: a high one is a faster matmul, a low one wastes fewer rows."""
+    heights = _block_heights(rows, group_sizes_E.shape[0])
+    start_E = jnp.cumsum(group_sizes_E) - group_sizes_E
+    left_E = -(-group_sizes_E // heights[-1]) * heights[-1]
+    blocks = []
+    for height in heights:
+        number_E = left_E // height
+        blocks.append(_Blocks(height, number_E, start_E))
+        start_E, left_E = start_E + number_E * height, left_E - number_E * height
+    return blocks
+
+
+def _block_heights(rows: int, groups: int) -> list[int]:
+    """Of the lower blocks, half a one is wasted a group: enough rows for a fast matmul, few enough to waste little."""
+    low = 8
+    while low < 128 and low * groups < rows:
+        low *= 2
+    return [height for height in (4 * low, low) if height <= rows] or [rows]

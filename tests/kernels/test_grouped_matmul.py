@@ -30,6 +30,7 @@ CASES = {
     "one more than a block": [129, 1, 127, 65, 9],
     "more groups than rows": _sizes(40, 11),
     "many rows": _sizes(3, 700),
+    "high and low blocks, a high one past the end": [35, 0, 0, 1, 0, 0, 0, 0, 0, 0, 27, 31],
 }
 
 
