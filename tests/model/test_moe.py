@@ -112,3 +112,30 @@ def test_bfloat16_experts_keep_a_float32_routing(tiny_model, call):
     np.testing.assert_array_equal(statistics.load_E, routing.load(gates, model))
     assert float(statistics.balance) == pytest.approx(routing.balance_loss(gates, model), rel=1e-5)
     assert 1e-4 < np.abs(np.asarray(found[0], np.float64) - wanted).max() / wanted.std() < 0.05
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-5), ("bfloat16", 2**-6)])
+def test_gradients_of_the_experts_are_those_of_their_expression(precision, tolerance, tiny_model):
+    model = tiny_model(precision=precision)
+    block, _ = random_module(MixtureOfExperts, model)
+    structure, state = nnx.split(block.experts)
+    random, sizes = np.random.default_rng(0), np.zeros(model.experts, np.int32)
+    sizes[[0, 2, 3]] = 5, 1, 30
+    rows_MD = jnp.asarray(random.standard_normal((36, model.width)), precision)
+    weights_M = jnp.asarray(random.uniform(0.1, 1, 36), jnp.float32)
+    cotangent_MD = jnp.asarray(random.standard_normal((36, model.width)), precision)
+
+    def experts(state, rows_MD, weights_M):
+        return nnx.merge(structure, state)(rows_MD, weights_M, jnp.asarray(sizes))
+
+    def expression(state, rows_MD, weights_M):
+        expert_M = np.repeat(np.arange(model.experts), sizes)
+        gate_up, down = (state[name][...][expert_M] for name in ("gate_up", "down"))
+        gate, up = jnp.einsum("md,mdcf->cmf", rows_MD, gate_up)
+        return weights_M[:, None] * jnp.einsum("mf,mfd->md", gate * jax.nn.sigmoid(gate) * up, down)
+
+    found = jax.vjp(experts, state, rows_MD, weights_M)[1](cotangent_MD)
+    exact = jax.vjp(expression, state, rows_MD.astype(jnp.float32), weights_M)[1](cotangent_MD.astype(jnp.float32))
+    assert found[1].dtype == precision and found[2].dtype == jnp.float32
+    for gradient, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(exact), strict=True):
+        np.testing.assert_allclose(gradient.astype(jnp.float32), wanted, atol=tolerance * float(jnp.abs(wanted).max()))
