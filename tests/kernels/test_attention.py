@@ -63,17 +63,21 @@ def test_segments_are_isolated(sequence):
     np.testing.assert_allclose(_causal(*inputs, segments), _naive(*inputs, segments), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("sequence", [7, 130])
-def test_gradients_are_those_of_dense_attention(sequence):
-    inputs = _inputs(sequence)
+@pytest.mark.parametrize(
+    ("sequence", "dtype", "tolerance"), [(7, "float32", 2e-5), (300, "float32", 2e-5), (130, "bfloat16", 0.03)]
+)
+def test_gradients_are_those_of_dense_attention(sequence, dtype, tolerance):
+    inputs = _inputs(sequence, jnp.dtype(dtype))
     segments = jnp.asarray(np.arange(sequence) // 50 + np.zeros((2, 1)), jnp.int32)
-    cotangent = jnp.asarray(np.random.default_rng(1).normal(size=inputs[2].shape), jnp.float32)
+    cotangent = jnp.asarray(np.random.default_rng(1).normal(size=inputs[2].shape), dtype)
 
-    def gradients(core):
+    def gradients(core, inputs):
         return jax.jit(jax.grad(lambda *inputs: (core(*inputs, segments) * cotangent).sum(), (0, 1, 2)))(*inputs)
 
-    for found, expected in zip(gradients(_causal), gradients(_dense), strict=True):
-        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=2e-5)
+    expected = gradients(_dense, [each.astype(jnp.float32) for each in inputs])
+    for found, of_dense, value in zip(gradients(_causal, inputs), expected, inputs, strict=True):
+        assert found.dtype == value.dtype
+        np.testing.assert_allclose(found.astype(jnp.float32), of_dense, rtol=tolerance, atol=tolerance)
 
 
 def test_the_future_cannot_be_felt_even_as_a_nan():
