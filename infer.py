@@ -11,12 +11,12 @@ from dsv3_jax.command_line import run_main
 from dsv3_jax.inference.arguments import InferArguments, parse_infer
 from dsv3_jax.inference.completion import complete
 from dsv3_jax.loading import load
-from dsv3_jax.runtime import use_compilation_cache
+from dsv3_jax.runtime import set_up_compiler
 
 
 def main() -> None:
     arguments = parse_infer(sys.argv[1:])
-    use_compilation_cache()
+    set_up_compiler()
     infer(arguments)
 
 

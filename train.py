@@ -3,7 +3,7 @@
 Running the same command again goes on where the run stopped.
 """
 
-from dsv3_jax.runtime import use_compilation_cache, use_huge_pages
+from dsv3_jax.runtime import set_up_compiler, use_huge_pages
 
 if __name__ == "__main__":
     use_huge_pages()
@@ -35,7 +35,7 @@ from dsv3_jax.training.step import TrainState, abstract_state, compile_train_ste
 
 def main() -> None:
     arguments = parse_train(sys.argv[1:])
-    use_compilation_cache()
+    set_up_compiler()
     with catch_signals() as interrupted:
         train(arguments, interrupted)
 

@@ -23,7 +23,7 @@ from dsv3_jax.data.tokenizer import special_tokens, train_tokenizer
 from dsv3_jax.inference.generation import Generator
 from dsv3_jax.inference.sampling import Sampling
 from dsv3_jax.model.transformer import Transformer
-from dsv3_jax.runtime import use_compilation_cache
+from dsv3_jax.runtime import set_up_compiler
 
 ROUNDS = 5
 
@@ -47,7 +47,7 @@ def decoder(model: ModelConfig) -> Callable[[], float]:
 
 
 def main() -> None:
-    use_compilation_cache()
+    set_up_compiler()
     (name,) = sys.argv[1:]
     model = load_config(name).model
     _, implementation, precision = baseline.fastest(baseline.decoding_rate, model)

@@ -15,8 +15,8 @@ from dsv3_jax.runtime import HUGE_PAGES
 
 ROUNDS = 3
 STEP = """
-from benchmarks.training_speed import trainer, load_config, use_compilation_cache
-use_compilation_cache()
+from benchmarks.training_speed import trainer, load_config, set_up_compiler
+set_up_compiler()
 train = trainer(load_config({name!r}))
 print(max(train() for _ in range(3)))
 """

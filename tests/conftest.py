@@ -4,6 +4,10 @@ from collections.abc import Callable
 import pytest
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.runtime import use_multi_output_fusion
+
+# What train.py and infer.py compile with, the tests do: before any of them starts jax.
+use_multi_output_fusion()
 
 TINY = ModelConfig(
     vocabulary=48,
