@@ -71,71 +71,67 @@ def _ragged_gradients(rows_MD: Array, weights_EDF: Array, group_sizes_E: Array, 
 
 
 def _blocked_product(rows_MD: Array, weights_EDF: Array, group_sizes_E: Array) -> Array:
-    """A loop over blocks of rows, one plain matmul a block; of few rows, as in decoding, one batched matmul."""
-    if rows_MD.shape[0] <= FEW_ROWS:
-        group_M = jnp.sum(jnp.cumsum(group_sizes_E) <= jnp.arange(rows_MD.shape[0])[:, None], axis=1)
-        product_MF = jnp.einsum("md,mdf->mf", rows_MD, weights_EDF[group_M], preferred_element_type=jnp.float32)
-        return product_MF.astype(rows_MD.dtype)
-    return _blocked_rows(rows_MD, weights_EDF, group_sizes_E, jnp.matmul, weights_EDF.shape[2])
-
-
-def _blocked_gradients(rows_MD: Array, weights_EDF: Array, group_sizes_E: Array, gradient_MF: Array):
-    gradient_rows_MD = _blocked_rows(
-        gradient_MF, weights_EDF, group_sizes_E, lambda block, weight: block @ weight.T, weights_EDF.shape[1]
-    )
-    return gradient_rows_MD, _blocked_weights(rows_MD, gradient_MF, group_sizes_E).astype(weights_EDF.dtype)
-
-
-def _blocked_rows(rows, weights, group_sizes_E, product, width) -> Array:
-    """[M, width]: product(block of rows, its group's matrix), group by group, block by block.
+    """Group by group and block by block, one plain matmul each; of few rows, as in decoding, one batched matmul.
 
     A group's last block writes its whole height: what lies past the group's end is overwritten by the next group. Only
     a block that would pass the end of the array is shifted back, and keeps the rows already written.
     """
-    count = rows.shape[0]
+    count, groups = rows_MD.shape[0], weights_EDF.shape[0]
+    if count <= FEW_ROWS:
+        group_M = jnp.sum(jnp.cumsum(group_sizes_E) <= jnp.arange(count)[:, None], axis=1)
+        product_MF = jnp.einsum("md,mdf->mf", rows_MD, weights_EDF[group_M], preferred_element_type=jnp.float32)
+        return product_MF.astype(rows_MD.dtype)
     blocks = _blocks(count, group_sizes_E)
 
-    def body(group, out):
-        weight = jax.lax.dynamic_index_in_dim(weights, group, keepdims=False)
+    def body(group, out_MF):
+        weight_DF = jax.lax.dynamic_index_in_dim(weights_EDF, group, keepdims=False)
         for height, number_E, start_E in blocks:
 
-            def block(index, out, height=height, begin=start_E[group]):
+            def block(index, out_MF, height=height, begin=start_E[group]):
                 start = begin + index * height
                 first = jnp.minimum(start, count - height)
-                made = product(jax.lax.dynamic_slice_in_dim(rows, first, height), weight)
-                kept = jax.lax.dynamic_slice_in_dim(out, first, height)
-                made = jnp.where((first + jnp.arange(height) >= start)[:, None], made, kept)
-                return jax.lax.dynamic_update_slice_in_dim(out, made, first, 0)
+                product = jax.lax.dynamic_slice_in_dim(rows_MD, first, height) @ weight_DF
+                written = jax.lax.dynamic_slice_in_dim(out_MF, first, height)
+                product = jnp.where((first + jnp.arange(height) >= start)[:, None], product, written)
+                return jax.lax.dynamic_update_slice_in_dim(out_MF, product, first, 0)
 
-            out = jax.lax.fori_loop(0, number_E[group], block, out)
-        return out
+            out_MF = jax.lax.fori_loop(0, number_E[group], block, out_MF)
+        return out_MF
 
-    return jax.lax.fori_loop(0, weights.shape[0], body, jnp.zeros((count, width), rows.dtype))
+    return jax.lax.fori_loop(0, groups, body, jnp.zeros((count, weights_EDF.shape[2]), rows_MD.dtype))
 
 
-def _blocked_weights(rows_MD, gradient_MF, group_sizes_E) -> Array:
-    """float32 [E, D, F]: sum over a group's rows of row^T gradient, block by block."""
-    count, groups = rows_MD.shape[0], group_sizes_E.shape[0]
-    blocks, stop_E = _blocks(count, group_sizes_E), jnp.cumsum(group_sizes_E)
+def _blocked_gradients(rows_MD: Array, weights_EDF: Array, group_sizes_E: Array, gradient_MF: Array):
+    """Block by block, in place: rows and matrices give way to their gradients as soon as they are of no more use.
 
-    def body(group, out_EDF):
-        total_DF = jnp.zeros(out_EDF.shape[1:], jnp.float32)
+    Gradients in arrays of their own would cost a pass over memory to zero them first.
+    """
+    count, stop_E = rows_MD.shape[0], jnp.cumsum(group_sizes_E)
+    blocks = _blocks(count, group_sizes_E)
+
+    def body(group, carry):
+        rows_MD, weights_EDF = carry
+        weight_DF = jax.lax.dynamic_index_in_dim(weights_EDF, group, keepdims=False)
+        of_weight_DF = jnp.zeros(weight_DF.shape, jnp.float32)
         for height, number_E, start_E in blocks:
 
-            def block(index, total_DF, height=height, begin=start_E[group]):
+            def block(index, carry, height=height, begin=start_E[group]):
+                rows_MD, of_weight_DF = carry
                 start = begin + index * height
                 first = jnp.minimum(start, count - height)
-                row = first + jnp.arange(height)
-                taken = jax.lax.dynamic_slice_in_dim(rows_MD, first, height)
-                gradient = jax.lax.dynamic_slice_in_dim(gradient_MF, first, height)
-                gradient = jnp.where(((row >= start) & (row < stop_E[group]))[:, None], gradient, 0)
-                return total_DF + jnp.matmul(taken.T, gradient, preferred_element_type=jnp.float32)
+                place = first + jnp.arange(height)
+                mine = ((place >= start) & (place < stop_E[group]))[:, None]
+                rows = jax.lax.dynamic_slice_in_dim(rows_MD, first, height)
+                gradient = jnp.where(mine, jax.lax.dynamic_slice_in_dim(gradient_MF, first, height), 0)
+                of_weight_DF += jnp.matmul(rows.T, gradient, preferred_element_type=jnp.float32)
+                of_rows = jnp.where(mine, gradient @ weight_DF.T, rows)
+                return jax.lax.dynamic_update_slice_in_dim(rows_MD, of_rows, first, 0), of_weight_DF
 
-            total_DF = jax.lax.fori_loop(0, number_E[group], block, total_DF)
-        return jax.lax.dynamic_update_index_in_dim(out_EDF, total_DF, group, 0)
+            rows_MD, of_weight_DF = jax.lax.fori_loop(0, number_E[group], block, (rows_MD, of_weight_DF))
+        of_weight_DF = of_weight_DF.astype(weights_EDF.dtype)
+        return rows_MD, jax.lax.dynamic_update_index_in_dim(weights_EDF, of_weight_DF, group, 0)
 
-    zeros = jnp.zeros((groups, rows_MD.shape[1], gradient_MF.shape[1]), jnp.float32)
-    return jax.lax.fori_loop(0, groups, body, zeros)
+    return jax.lax.fori_loop(0, weights_EDF.shape[0], body, (rows_MD, weights_EDF))
 
 
 class _Blocks(NamedTuple):
