@@ -1,4 +1,4 @@
-"""AdamW with global-norm clipping, the V3 learning-rate shape, and decay of matrices only."""
+"""AdamW with the V3 learning-rate shape and decay of matrices only."""
 
 import jax
 import optax
@@ -9,18 +9,15 @@ from dsv3_jax.training.schedules import learning_rate
 
 
 def adamw(config: Config, skeleton: Skeleton) -> optax.GradientTransformation:
-    """Clip, AdamW, decoupled decay. The router bias is not among its parameters at all."""
+    """AdamW, decoupled decay, of gradients already clipped. The router bias is not among its parameters at all."""
     options = config.optimizer
-    return optax.chain(
-        optax.clip_by_global_norm(options.clip_norm),
-        optax.adamw(
-            lambda step: learning_rate(step, options, config.training.steps),
-            b1=options.beta1,
-            b2=options.beta2,
-            eps=options.epsilon,
-            weight_decay=options.weight_decay,
-            mask=_decayed(skeleton),
-        ),
+    return optax.adamw(
+        lambda step: learning_rate(step, options, config.training.steps),
+        b1=options.beta1,
+        b2=options.beta2,
+        eps=options.epsilon,
+        weight_decay=options.weight_decay,
+        mask=_decayed(skeleton),
     )
 
 
