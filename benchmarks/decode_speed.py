@@ -28,7 +28,6 @@ from dsv3_jax.inference.generation import Generator, cache_bucket
 from dsv3_jax.inference.sampling import Sampling
 from dsv3_jax.inference.weights import unstacked
 from dsv3_jax.model.attention import MultiHeadLatentAttention
-from dsv3_jax.model.block import Block
 from dsv3_jax.model.layers import FeedForward
 from dsv3_jax.model.moe import MixtureOfExperts
 from dsv3_jax.model.transformer import Transformer
