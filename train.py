@@ -11,8 +11,10 @@ if __name__ == "__main__":
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
+from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from dsv3_jax.command_line import TrainArguments, parse_train, run_main
@@ -20,6 +22,7 @@ from dsv3_jax.config import Config, ConfigError
 from dsv3_jax.data.corpus import Corpus, open_corpus
 from dsv3_jax.data.pipeline import training_batches, validation_batches
 from dsv3_jax.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer, training_texts
+from dsv3_jax.layout import mesh_of
 from dsv3_jax.model.functional import Skeleton, skeleton_of
 from dsv3_jax.training.checkpoint import Checkpoints, SavedModel, complete_steps, open_checkpoint, restore_part
 from dsv3_jax.training.evaluation import Evaluation, make_evaluate
@@ -30,7 +33,9 @@ from dsv3_jax.training.metrics import MetricsLog
 from dsv3_jax.training.progress import Progress, note
 from dsv3_jax.training.report import Run, repeat_report, write_report
 from dsv3_jax.training.resume import read_config, refuse_other_model, refuse_other_run, write_config
-from dsv3_jax.training.step import TrainState, abstract_state, compile_train_step, initial_state
+from dsv3_jax.training.state import TrainState, abstract_state, initial_state
+from dsv3_jax.training.step import compile_train_step
+from sharding.mesh import place_rows, row_shards
 
 
 def main() -> None:
@@ -53,31 +58,33 @@ def train(arguments: TrainArguments, interrupted: Callable[[], bool]) -> None:
     source = open_source(arguments)
     tokenizer = given_tokenizer(arguments, source)
     skeleton = skeleton_of(config.model)
+    mesh = mesh_of(config, skeleton)
     # Compiling needs only the config: it goes on in the background while tokenizer, parameters and data get ready.
-    train_step = ThreadPoolExecutor(1).submit(compile_train_step, config, skeleton)
+    train_step = ThreadPoolExecutor(1).submit(compile_train_step, config, skeleton, mesh)
     tokenizer = tokenizer or new_tokenizer(config, corpus)
-    batches = iter(training_batches(corpus.train, tokenizer, config))
+    placed = partial(place_rows, mesh=mesh)
+    batches = iter(training_batches(corpus.train, tokenizer, config).map(placed))
     # From here on the workdir is this run's: whatever could be refused has been.
     write_config(workdir, config)
     save_tokenizer(tokenizer, kept_tokenizer(workdir))
 
     checkpoints = Checkpoints(workdir / "checkpoints", config, tokenizer.to_str())
-    state, data_state = first_state(config, skeleton, checkpoints, source)
+    state, data_state = first_state(config, skeleton, mesh, checkpoints, source)
     if data_state:
         batches.set_state(data_state)
-    evaluate = make_evaluate(config, skeleton)
+    evaluate = make_evaluate(config, skeleton, mesh)
 
     def validate(state: TrainState) -> Evaluation:
         held_out = validation_batches(corpus.validation, tokenizer, config)
-        return evaluate(state.parameters, state.router_bias, held_out)
+        return evaluate(state.parameters, state.router_bias, map(placed, held_out))
 
     step = int(state.step)
     note("compiling the training step; the next run finds it in the cache")
     log, progress = MetricsLog(workdir, step), Progress(config.training.steps, step)
     try:
         compiled_step = train_step.result()
-        rate = measured_matmul_rate(config.model, rows_at_once(config))
-        around = Surroundings(batches, checkpoints, log, progress, validate, interrupted, rate)
+        rate = measured_matmul_rate(config.model, tokens_at_once(config, mesh)) * mesh.size
+        around = Surroundings(batches, checkpoints, log, progress, validate, interrupted, rate, mesh)
         result = run_steps(state, compiled_step, config, skeleton, around)
         if not result.finished:
             progress.message(f"stopped at step {int(result.state.step)}; the same command goes on from there")
@@ -124,22 +131,22 @@ def kept_tokenizer(workdir: Path) -> Path:
 
 
 def first_state(
-    config: Config, skeleton: Skeleton, checkpoints: Checkpoints, source: SavedModel | None
+    config: Config, skeleton: Skeleton, mesh: Mesh, checkpoints: Checkpoints, source: SavedModel | None
 ) -> tuple[TrainState, dict | None]:
     """The last checkpoint's state and data position, or a fresh state, with the parameters of the source if given."""
-    if restored := checkpoints.restore_latest(abstract_state(config, skeleton)):
+    if restored := checkpoints.restore_latest(abstract_state(config, skeleton, mesh)):
         return restored.state, restored.data_state
-    state = initial_state(config, skeleton)
+    state = initial_state(config, skeleton, mesh)
     if source:
         parts = {"parameters": state.parameters, "router_bias": state.router_bias}
         state = state._replace(**restore_part(source.directory, parts))
     return state, None
 
 
-def rows_at_once(config: Config) -> int:
-    """Tokens in one forward pass: the height of the model's matmuls."""
+def tokens_at_once(config: Config, mesh: Mesh) -> int:
+    """Tokens in one forward pass of one device: the height of its matmuls."""
     training = config.training
-    return training.batch_size // training.microbatches * training.sequence_length
+    return training.batch_size // training.microbatches * training.sequence_length // row_shards(mesh)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,9 @@ from dsv3_jax.config import Config
 from dsv3_jax.model.functional import skeleton_of
 from dsv3_jax.training.flops import measured_matmul_rate, model_flops_per_token
 from dsv3_jax.training.losses import Batch
-from dsv3_jax.training.step import compile_train_step, initial_state
+from dsv3_jax.training.state import initial_state
+from dsv3_jax.training.step import compile_train_step
+from sharding.mesh import one_device
 
 ROUNDS, STEPS = 5, 4
 
@@ -37,8 +39,9 @@ ROUNDS, STEPS = 5, 4
 def trainer(config: Config) -> Callable[[], float]:
     """A function that makes STEPS training steps on random tokens and returns the median step's tokens/s."""
     skeleton, training = skeleton_of(config.model), config.training
-    step = compile_train_step(config, skeleton)
-    state = [initial_state(config, skeleton)]
+    mesh = one_device()
+    step = compile_train_step(config, skeleton, mesh)
+    state = [initial_state(config, skeleton, mesh)]
     random = np.random.default_rng(0)
     shape = (training.batch_size, training.sequence_length + 1)
     ones, places = np.ones(shape, np.int32), np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)

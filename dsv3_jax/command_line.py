@@ -26,6 +26,7 @@ import tyro
 import configs
 from dsv3_jax.config import Config, check
 from dsv3_jax.errors import ArgumentError, UserError
+from sharding.mesh import LayoutError
 
 USAGE = "python train.py --config=NAME [--workdir=DIR] [--init=DIR] [--section.field=value ...]"
 MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -100,7 +101,7 @@ def run_main(function: Callable[[], None]) -> NoReturn:
     """
     try:
         function()
-    except UserError as error:
+    except (UserError, LayoutError) as error:
         _exit(str(error), error.exit_code)
     except BrokenPipeError:  # the reader of our output left, as in `--help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -101,6 +101,9 @@ class ModelConfig:
     """Type the matmuls compute in; parameters, router, norm statistics, softmax and losses stay float32."""
     remat: Literal["none", "block"] = "block"
     """What backward recomputes: nothing, or everything inside each block."""
+    dispatch_factor: float = 2.0
+    """Rows of tokens that a device takes in for its experts at one time, as a multiple of what balanced routing would
+    send it. Nothing is dropped: what does not fit waits for another round."""
 
     @property
     def moe_layers(self) -> int:
@@ -208,6 +211,27 @@ class LossConfig:
 
 
 @dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis of the mesh; their product is the number of devices, and one axis may be -1, the rest.
+
+    All but context and tensor divide the batch.
+    """
+
+    data: int = -1
+    """Copies of the model."""
+    fsdp: int = 1
+    """Pieces of every parameter, gathered layer by layer."""
+    node: int = 1
+    """Groups of devices with slow links between them; experts are divided over node and expert together."""
+    expert: int = 1
+    """Devices that the experts of a node are divided over."""
+    context: int = 1
+    """Pieces of every row."""
+    tensor: int = 1
+    """Pieces of attention heads, feed-forward widths and vocabulary."""
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     """When the run's state is saved."""
 
@@ -219,7 +243,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """One run: model, data, training, optimizer, losses, checkpoints."""
+    """One run: model, data, training, optimizer, losses, checkpoints, mesh."""
 
     model: ModelConfig
     data: DataConfig
@@ -227,6 +251,7 @@ class Config:
     optimizer: OptimizerConfig
     loss: LossConfig = field(default_factory=LossConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     seed: int = 0
     """Seed of everything random: parameters, data order, sampling."""
 
@@ -334,6 +359,10 @@ def check_model(model: ModelConfig) -> None:
     )
     if not model.yarn_factor >= 1.0:
         raise ConfigError(f"model.yarn_factor={model.yarn_factor} must be at least 1 (1 is plain RoPE)")
+    if not model.dispatch_factor >= 1.0:
+        raise ConfigError(
+            f"model.dispatch_factor={model.dispatch_factor} must be at least 1, which fits balanced routing"
+        )
     for name in ("rope_theta", "norm_epsilon", "latent_norm_epsilon", "initializer_std", "routed_scale"):
         if not getattr(model, name) > 0:
             raise ConfigError(f"model.{name}={getattr(model, name)} must be above 0")
@@ -363,6 +392,7 @@ def from_json(text: str) -> Config:
             "optimizer": OptimizerConfig,
             "loss": LossConfig,
             "checkpoint": CheckpointConfig,
+            "mesh": MeshConfig,
         }
         built = {name: kind(**values.pop(name)) for name, kind in sections.items()}
         return Config(**built, **values)

@@ -1,18 +1,24 @@
 """Tokens to their experts and back.
 
 `dispatch` gives every (token, expert) pair a row, the rows of one expert next to each other; `combine` brings the
-experts' results back to the tokens. Any routing is exact: nothing is dropped, no buffer depends on the balance.
+experts' results back to the tokens. Where experts are divided over a mesh, `exchange.py` takes the rows to their
+devices in between. Any routing is exact: nothing is dropped, no buffer depends on the balance.
 
 A row's weight goes along with it, for the experts to apply: weighed in `combine`, what every expert answered would have
 to be kept, or computed again, for the gradient of the weights.
 """
 
+import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from sharding.collectives import axis_size, present
+from sharding.exchange import Answer, exchanged
+from sharding.rules import EXPERT_AXES
 
 
 class DispatchPlan(NamedTuple):
@@ -26,6 +32,30 @@ class DispatchPlan(NamedTuple):
     """int32, which (token, choice) pair each row is, as token * K + choice."""
     row_NK: Array
     """int32, row of each (token, choice)."""
+
+
+def through_experts(
+    answer: Answer, matrices: Any, x_ND: Array, weights_NK: Array, experts_NK: Array, experts: int, factor: float
+) -> Array:
+    """Each token's sum of its experts' answers: [N, D].
+
+    Args:
+        answer: (matrices, rows, weights, group sizes) -> answers, the experts of one device.
+        matrices: what those experts multiply with; of E experts, those of this device.
+        x_ND: this device's tokens.
+        weights_NK: float32, what each answer is multiplied by.
+        experts_NK: int32 in [0, E).
+        experts: E.
+        factor: rows that a device receives at one time, as a multiple of what balanced routing would send it.
+    """
+    rows_MD, weights_M, plan = dispatch(x_ND, weights_NK, experts_NK, experts)
+    if axes := present(EXPERT_AXES):
+        most = rows_MD.shape[0] * axis_size(axes)
+        capacity = min(math.ceil(rows_MD.shape[0] * factor), most)
+        answers_MD = exchanged(answer, axes, capacity, matrices, rows_MD, weights_M, plan.group_sizes_E)
+    else:
+        answers_MD = answer(matrices, rows_MD, weights_M, plan.group_sizes_E)
+    return combine(answers_MD, plan)
 
 
 def dispatch(x_ND: Array, weights_NK: Array, experts_NK: Array, experts: int) -> tuple[Array, Array, DispatchPlan]:

@@ -28,7 +28,8 @@ from dsv3_jax.model.functional import skeleton_of
 from dsv3_jax.training.checkpoint import complete_steps, open_checkpoint, restore_part
 from dsv3_jax.training.loop import LoopResult
 from dsv3_jax.training.metrics import read_metrics
-from dsv3_jax.training.step import TrainState, abstract_state
+from dsv3_jax.training.state import TrainState, abstract_state
+from sharding.mesh import one_device
 
 ROOT = Path(train.__file__).parent
 STEPS = 16
@@ -142,7 +143,7 @@ def _files(folder: Path) -> dict[str, bytes]:
 
 def _final_state(workdir: Path) -> TrainState:
     saved = open_checkpoint(workdir)
-    abstract = abstract_state(saved.config, skeleton_of(saved.config.model))
+    abstract = abstract_state(saved.config, skeleton_of(saved.config.model), one_device())
     return restore_part(saved.directory, abstract, whole=True)
 
 

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from sharding.collectives import spread_like
+
 # Up to so many rows a CPU is faster with a matrix copied for every row than with a loop.
 FEW_ROWS = 8
 
@@ -98,7 +100,8 @@ def _blocked_product(rows_MD: Array, weights_EDF: Array, group_sizes_E: Array) -
             out_MF = jax.lax.fori_loop(0, number_E[group], block, out_MF)
         return out_MF
 
-    return jax.lax.fori_loop(0, groups, body, jnp.zeros((count, weights_EDF.shape[2]), rows_MD.dtype))
+    zeros_MF = spread_like(jnp.zeros((count, weights_EDF.shape[2]), rows_MD.dtype), rows_MD, weights_EDF)
+    return jax.lax.fori_loop(0, groups, body, zeros_MF)
 
 
 def _blocked_gradients(rows_MD: Array, weights_EDF: Array, group_sizes_E: Array, gradient_MF: Array):
@@ -112,7 +115,7 @@ def _blocked_gradients(rows_MD: Array, weights_EDF: Array, group_sizes_E: Array,
     def body(group, carry):
         rows_MD, weights_EDF = carry
         weight_DF = jax.lax.dynamic_index_in_dim(weights_EDF, group, keepdims=False)
-        of_weight_DF = jnp.zeros(weight_DF.shape, jnp.float32)
+        of_weight_DF = spread_like(jnp.zeros(weight_DF.shape, jnp.float32), rows_MD, gradient_MF)
         for height, number_E, start_E in blocks:
 
             def block(index, carry, height=height, begin=start_E[group]):

@@ -10,8 +10,10 @@ from jax import Array
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.kernels.attention import absorbed_attention, causal_attention
-from dsv3_jax.model.layers import RMSNorm, contract, parameter
+from dsv3_jax.model.layers import RMSNorm, contract, parameter, whole
 from dsv3_jax.model.rope import Rotation, rotate, softmax_scale
+from sharding.collectives import summed
+from sharding.rules import TENSOR_AXES
 
 
 class MultiHeadLatentAttention(nnx.Module):
@@ -23,20 +25,19 @@ class MultiHeadLatentAttention(nnx.Module):
         else:
             rank = model.query_latent
             self.query_down = parameter(rngs, (width, rank), ("width", "query_latent"), std)
-            self.query_norm = RMSNorm(rank, "query_latent", model.latent_norm_epsilon)
-            self.query_up = parameter(
-                rngs, (rank, heads, query_key_dim), ("query_latent", "heads", "query_key_dim"), std
-            )
+            self.query_norm = RMSNorm(rank, model.latent_norm_epsilon)
+            self.query_up = parameter(rngs, (rank, heads, query_key_dim), ("latent", "heads", "query_key_dim"), std)
         rank = model.key_value_latent
         self.key_value_down = parameter(rngs, (width, model.cache_width), ("width", "key_value_latent_and_rope"), std)
-        self.key_value_norm = RMSNorm(rank, "key_value_latent", model.latent_norm_epsilon)
+        self.key_value_norm = RMSNorm(rank, model.latent_norm_epsilon)
         self.key_value_up = parameter(
             rngs,
             (rank, heads, model.nope_head_dim + model.value_head_dim),
-            ("key_value_latent", "heads", "nope_and_value_dim"),
+            ("latent", "heads", "nope_and_value_dim"),
             std,
         )
         self.output = parameter(rngs, (heads, model.value_head_dim, width), ("heads", "value_dim", "width"), std)
+        self.dtype = jnp.dtype(model.precision)
         self.model = model
 
     def __call__(self, x_BSD: Array, by: Rotation, segment_ids_BS: Array | None) -> tuple[Array, Array]:
@@ -49,12 +50,12 @@ class MultiHeadLatentAttention(nnx.Module):
         latent_BSX = self.latent(x_BSD, by)
         # Split, not sliced: the gradient of a split is one concatenation, of two slices two paddings and a sum.
         latent_BSC, key_rope_BSR = jnp.split(latent_BSX, [rank], axis=-1)
-        key_value_BSHd = self._contract("bsc,chd->bshd", latent_BSC, self.key_value_up[...])
+        key_value_BSHd = self._contract("bsc,chd->bshd", latent_BSC, self.key_value_up)
         key_nope_BSHP, value_BSHV = jnp.split(key_value_BSHd, [nope], axis=-1)
         key_rope_BSHR = jnp.broadcast_to(key_rope_BSR[:, :, None], (*query_BSHd.shape[:3], self.model.rope_head_dim))
         key_BSHd = jnp.concatenate([key_nope_BSHP, key_rope_BSHR], axis=-1)
         mixed_BSHV = causal_attention(query_BSHd, key_BSHd, value_BSHV, softmax_scale(self.model), segment_ids_BS)
-        return self._contract("bshv,hvd->bsd", mixed_BSHV, self.output[...]), latent_BSX
+        return self._output(mixed_BSHV), latent_BSX
 
     def decode(self, x_BSD: Array, by: Rotation, cache_BTX: Array, positions_BS: Array) -> Array:
         """Attention of new tokens over the cache, in which their own latents already stand.
@@ -67,8 +68,9 @@ class MultiHeadLatentAttention(nnx.Module):
         """
         nope, rank = self.model.nope_head_dim, self.model.key_value_latent
         query_nope_BSHP, query_rope_BSHR = self._queries(x_BSD, by)
-        key_up_CHP, value_up_CHV = self.key_value_up[..., :nope], self.key_value_up[..., nope:]
-        query_latent_BSHC = self._contract("bshp,chp->bshc", query_nope_BSHP, key_up_CHP)
+        key_value_up_CHd = whole(self.key_value_up, self.dtype)
+        key_up_CHP, value_up_CHV = key_value_up_CHd[..., :nope], key_value_up_CHd[..., nope:]
+        query_latent_BSHC = contract("bshp,chp->bshc", query_nope_BSHP, key_up_CHP, self.dtype)
         mixed_BSHC = absorbed_attention(
             jnp.concatenate([query_latent_BSHC, query_rope_BSHR], axis=-1),
             cache_BTX,
@@ -76,24 +78,27 @@ class MultiHeadLatentAttention(nnx.Module):
             softmax_scale(self.model),
             positions_BS,
         )
-        mixed_BSHV = self._contract("bshc,chv->bshv", mixed_BSHC, value_up_CHV)
-        return self._contract("bshv,hvd->bsd", mixed_BSHV, self.output[...])
+        return self._output(contract("bshc,chv->bshv", mixed_BSHC, value_up_CHV, self.dtype))
 
     def latent(self, x_BSD: Array, by: Rotation) -> Array:
         """What the cache keeps of each token: the normed latent (C) and the rotated, un-normed shared key (R)."""
-        down_BSX = self._contract("bsd,dx->bsx", x_BSD, self.key_value_down[...])
+        down_BSX = self._contract("bsd,dx->bsx", x_BSD, self.key_value_down)
         latent_BSC, rope_BSR = jnp.split(down_BSX, [self.model.key_value_latent], axis=-1)
         return jnp.concatenate([self.key_value_norm(latent_BSC), rotate(rope_BSR, by)], axis=-1)
 
     def _queries(self, x_BSD: Array, by: Rotation) -> tuple[Array, Array]:
         """The no-rope part [B, S, H, P] and the rotated part [B, S, H, R] of each head's query."""
         if self.model.query_latent is None:
-            query_BSHd = self._contract("bsd,dhe->bshe", x_BSD, self.query[...])
+            query_BSHd = self._contract("bsd,dhe->bshe", x_BSD, self.query)
         else:
-            latent_BSQ = self.query_norm(self._contract("bsd,dq->bsq", x_BSD, self.query_down[...]))
-            query_BSHd = self._contract("bsq,qhe->bshe", latent_BSQ, self.query_up[...])
+            latent_BSQ = self.query_norm(self._contract("bsd,dq->bsq", x_BSD, self.query_down))
+            query_BSHd = self._contract("bsq,qhe->bshe", latent_BSQ, self.query_up)
         nope_BSHP, rope_BSHR = jnp.split(query_BSHd, [self.model.nope_head_dim], axis=-1)
         return nope_BSHP, rotate(rope_BSHR, by)
 
-    def _contract(self, equation: str, left: Array, right: Array) -> Array:
-        return contract(equation, left, right, jnp.dtype(self.model.precision))
+    def _output(self, mixed_BSHV: Array) -> Array:
+        """[B, S, D], summed over the heads of every device."""
+        return summed(self._contract("bshv,hvd->bsd", mixed_BSHV, self.output), TENSOR_AXES)
+
+    def _contract(self, equation: str, left: Array, right: nnx.Param) -> Array:
+        return contract(equation, left, whole(right, self.dtype), self.dtype)

@@ -9,15 +9,17 @@ from dsv3_jax.model.attention import MultiHeadLatentAttention
 from dsv3_jax.model.layers import FeedForward, RMSNorm
 from dsv3_jax.model.moe import MixtureOfExperts, RouterStatistics
 from dsv3_jax.model.rope import Rotation
+from sharding.collectives import summed
+from sharding.rules import TENSOR_AXES
 
 
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x)); the residual stream is in the compute type."""
 
     def __init__(self, model: ModelConfig, rngs: nnx.Rngs, *, dense: bool):
-        self.attention_norm = RMSNorm(model.width, "width", model.norm_epsilon)
+        self.attention_norm = RMSNorm(model.width, model.norm_epsilon)
         self.attention = MultiHeadLatentAttention(model, rngs)
-        self.feed_forward_norm = RMSNorm(model.width, "width", model.norm_epsilon)
+        self.feed_forward_norm = RMSNorm(model.width, model.norm_epsilon)
         self.feed_forward: FeedForward | MixtureOfExperts
         if dense:
             dtype = jnp.dtype(model.precision)
@@ -52,4 +54,4 @@ class Block(nnx.Module):
             fed_BSD, statistics = self.feed_forward(normed_BSD, valid_BS)
         else:
             fed_BSD, statistics = self.feed_forward(normed_BSD), None
-        return x_BSD + fed_BSD, statistics
+        return x_BSD + summed(fed_BSD, TENSOR_AXES), statistics

@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.layers import RouterBias
 from dsv3_jax.model.transformer import Transformer
+from sharding.rules import partition_specs
 
 Tree = dict[str, Any]
 
@@ -29,11 +31,16 @@ def skeleton_of(model: ModelConfig) -> Skeleton:
     return Skeleton(*nnx.split(nnx.eval_shape(lambda: Transformer(model, nnx.Rngs(0))), nnx.Param, RouterBias))
 
 
-def initialize(model: ModelConfig, seed: int) -> tuple[Tree, Tree]:
-    """Fresh `parameters` and `router_bias`, compiled as one function."""
+def initialize(model: ModelConfig, seed: int, placed: Any = None) -> tuple[Tree, Tree]:
+    """Fresh `parameters` and `router_bias`, compiled as one function; the same values wherever they are `placed`.
+
+    `placed`: shardings of both trees; by default the first device.
+    """
     # It runs once: compiling it takes XLA:CPU three times as long at the default level, for nothing gained.
     once = {"xla_backend_optimization_level": 1}
-    make = jax.jit(lambda key: take_apart(Transformer(model, nnx.Rngs(key))), compiler_options=once)
+    make = jax.jit(
+        lambda key: take_apart(Transformer(model, nnx.Rngs(key))), out_shardings=placed, compiler_options=once
+    )
     return make(jax.random.key(seed))
 
 
@@ -57,9 +64,18 @@ def abstract_trees(skeleton: Skeleton) -> tuple[Tree, Tree]:
 
 def logical_axes(skeleton: Skeleton) -> Tree:
     """The logical axes of every parameter, in a tree like `parameters`, each leaf a tuple of names."""
+    return _axes(skeleton.parameters)
+
+
+def parameter_specs(skeleton: Skeleton, mesh: Mesh) -> tuple[Tree, Tree]:
+    """PartitionSpecs of `parameters` and `router_bias` on a mesh."""
+    return partition_specs(_axes(skeleton.parameters), mesh), partition_specs(_axes(skeleton.router_bias), mesh)
+
+
+def _axes(state: nnx.State) -> Tree:
     axes = jax.tree.map(
         lambda variable: variable.get_metadata("logical_axes"),
-        skeleton.parameters,
+        state,
         is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
     )
     return nnx.to_pure_dict(axes)

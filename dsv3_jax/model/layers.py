@@ -9,6 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from sharding.collectives import gathered
+from sharding.rules import stored_dim
+
 M = TypeVar("M", bound=nnx.Module)
 
 
@@ -39,11 +42,20 @@ def contract(equation: str, left: Array, right: Array, dtype: jnp.dtype, output:
     )
 
 
+def whole(parameter: nnx.Variable, dtype: jnp.dtype) -> Array:
+    """What a product takes of a parameter: gathered where a mesh stores it in pieces, in the type of the product.
+
+    A dim divided by what devices compute, such as heads or experts, stays this device's part.
+    """
+    stored = stored_dim(parameter.get_metadata("logical_axes"))
+    return gathered(parameter[...], stored.dim, stored.axes, dtype) if stored else parameter[...].astype(dtype)
+
+
 class RMSNorm(nnx.Module):
     """x * gain / sqrt(mean(x^2) + epsilon), statistics in float32, result in the type of x (FACTS 1.2)."""
 
-    def __init__(self, dim: int, axis: str, epsilon: float):
-        self.gain = nnx.Param(jnp.ones((dim,), jnp.float32), logical_axes=(axis,))
+    def __init__(self, dim: int, epsilon: float):
+        self.gain = nnx.Param(jnp.ones((dim,), jnp.float32), logical_axes=("gain",))
         self.epsilon = epsilon
 
     def __call__(self, x: Array) -> Array:
@@ -51,7 +63,10 @@ class RMSNorm(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """SwiGLU: down(silu(gate x) * up x), gate and up side by side in one [D, 2, F] parameter."""
+    """SwiGLU: down(silu(gate x) * up x), gate and up side by side in one [D, 2, F] parameter.
+
+    The result is a sum over this device's part of F: the caller adds those of the other devices (TENSOR_AXES).
+    """
 
     def __init__(self, width: int, hidden: int, std: float, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.gate_up = parameter(rngs, (width, 2, hidden), ("width", "gate_up", "ffn"), std)
@@ -59,8 +74,8 @@ class FeedForward(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x_BSD: Array) -> Array:
-        gate_and_up = contract("bsd,dcf->bscf", x_BSD, self.gate_up[...], self.dtype)
-        return contract("bsf,fd->bsd", swiglu(gate_and_up), self.down[...], self.dtype)
+        gate_and_up = contract("bsd,dcf->bscf", x_BSD, whole(self.gate_up, self.dtype), self.dtype)
+        return contract("bsf,fd->bsd", swiglu(gate_and_up), whole(self.down, self.dtype), self.dtype)
 
 
 # The backward pass recomputes what lies inside a `jax.checkpoint`: these few elementwise operations cost less than

@@ -9,9 +9,11 @@ from jax import Array
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.kernels.grouped_matmul import grouped_matmul
-from dsv3_jax.model.layers import FeedForward, parameter, swiglu
+from dsv3_jax.model.layers import FeedForward, parameter, swiglu, whole
 from dsv3_jax.model.router import Router, balance_loss, expert_load
-from sharding.dispatch import combine, dispatch
+from sharding.collectives import spread
+from sharding.dispatch import through_experts
+from sharding.rules import TENSOR_AXES
 
 
 class RouterStatistics(NamedTuple):
@@ -24,19 +26,27 @@ class RouterStatistics(NamedTuple):
 
 
 class Experts(nnx.Module):
-    """E SwiGLU networks applied to rows grouped by expert, each answer times its row's weight."""
+    """E SwiGLU networks; `answered` applies those of one device to rows."""
 
     def __init__(self, model: ModelConfig, rngs: nnx.Rngs):
         shape, hidden, std = (model.experts, model.width), model.expert_ffn_width, model.initializer_std
-        self.gate_up = parameter(rngs, (*shape, 2, hidden), ("experts", "width", "gate_up", "expert_ffn"), std)
-        self.down = parameter(rngs, (shape[0], hidden, shape[1]), ("experts", "expert_ffn", "width"), std)
+        self.gate_up = parameter(rngs, (*shape, 2, hidden), ("experts", "expert_width", "gate_up", "expert_ffn"), std)
+        self.down = parameter(rngs, (shape[0], hidden, shape[1]), ("experts", "expert_ffn", "expert_width"), std)
         self.dtype = jnp.dtype(model.precision)
 
-    def __call__(self, rows_MD: Array, weights_M: Array, group_sizes_E: Array) -> Array:
-        gate_and_up = grouped_matmul(rows_MD.astype(self.dtype), self.gate_up[...].astype(self.dtype), group_sizes_E)
-        return grouped_matmul(
-            _weighted_swiglu(gate_and_up, weights_M), self.down[...].astype(self.dtype), group_sizes_E
-        )
+    def matrices(self) -> tuple[Array, Array]:
+        """gate_up [e, D, 2, F] and down [e, F, D] of this device's e experts, in the compute type."""
+        return whole(self.gate_up, self.dtype), whole(self.down, self.dtype)
+
+
+def answered(matrices: tuple[Array, Array], rows_MD: Array, weights_M: Array, group_sizes_e: Array) -> Array:
+    """Each row through its expert, the answer times the row's weight; rows are grouped by expert.
+
+    The result is a sum over this device's part of F, as a FeedForward's is.
+    """
+    gate_up_eDcF, down_eFD = matrices
+    gate_and_up = grouped_matmul(rows_MD, gate_up_eDcF, group_sizes_e)
+    return grouped_matmul(_weighted_swiglu(gate_and_up, weights_M), down_eFD, group_sizes_e)
 
 
 @jax.custom_vjp
@@ -71,13 +81,23 @@ class MixtureOfExperts(nnx.Module):
     def __call__(self, x_BSD: Array, valid_BS: Array) -> tuple[Array, RouterStatistics]:
         """The block's output [B, S, D] and the statistics of its routing over the valid tokens.
 
-        Every token passes through all its experts: there is no capacity and nothing is dropped.
+        Every token passes through all its experts: there is no capacity and nothing is dropped. The output is a sum
+        over this device's part of the experts' widths, as a FeedForward's is.
         """
-        x_ND = x_BSD.reshape(-1, x_BSD.shape[-1])
-        routing = self.router(x_ND)
-        rows_MD, weights_M, plan = dispatch(x_ND, routing.weights_NK, routing.experts_NK, self.model.experts)
-        out_BSD = combine(self.experts(rows_MD, weights_M, plan.group_sizes_E), plan).reshape(x_BSD.shape)
-        if self.model.shared_experts:
+        model = self.model
+        routing = self.router(x_BSD.reshape(-1, model.width))
+        x_BSD, weights_NK = spread(x_BSD, TENSOR_AXES), spread(routing.weights_NK, TENSOR_AXES)
+        out_ND = through_experts(
+            answered,
+            self.experts.matrices(),
+            x_BSD.reshape(-1, model.width),
+            weights_NK,
+            routing.experts_NK,
+            model.experts,
+            model.dispatch_factor,
+        )
+        out_BSD = out_ND.reshape(x_BSD.shape)
+        if model.shared_experts:
             out_BSD = out_BSD + self.shared(x_BSD)
-        load_E = expert_load(routing.experts_NK, valid_BS.reshape(-1), self.model.experts)
-        return out_BSD, RouterStatistics(load_E, balance_loss(routing, valid_BS, self.model))
+        load_E = expert_load(routing.experts_NK, valid_BS.reshape(-1), model.experts)
+        return out_BSD, RouterStatistics(load_E, balance_loss(routing, valid_BS, model))

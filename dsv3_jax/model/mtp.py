@@ -7,7 +7,7 @@ from jax import Array
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.block import Block
-from dsv3_jax.model.layers import RMSNorm, contract, parameter
+from dsv3_jax.model.layers import RMSNorm, contract, parameter, whole
 from dsv3_jax.model.moe import RouterStatistics
 from dsv3_jax.model.rope import Rotation
 
@@ -16,13 +16,13 @@ class MultiTokenPrediction(nnx.Module):
     """One depth. Embedding and head are the main model's: this module holds neither."""
 
     def __init__(self, model: ModelConfig, rngs: nnx.Rngs):
-        self.embedding_norm = RMSNorm(model.width, "width", model.norm_epsilon)
-        self.hidden_norm = RMSNorm(model.width, "width", model.norm_epsilon)
+        self.embedding_norm = RMSNorm(model.width, model.norm_epsilon)
+        self.hidden_norm = RMSNorm(model.width, model.norm_epsilon)
         self.projection = parameter(
             rngs, (2 * model.width, model.width), ("embedding_and_hidden", "width"), model.initializer_std
         )
         self.block = Block(model, rngs, dense=False)
-        self.norm = RMSNorm(model.width, "width", model.norm_epsilon)
+        self.norm = RMSNorm(model.width, model.norm_epsilon)
         self.model = model
 
     def __call__(
@@ -59,4 +59,5 @@ class MultiTokenPrediction(nnx.Module):
         Embedding first: the released weights do so, against the order printed in equation 21.
         """
         both = jnp.concatenate([self.embedding_norm(embedded_BSD), self.hidden_norm(hidden_BSD)], axis=-1)
-        return contract("bsd,de->bse", both, self.projection[...], jnp.dtype(self.model.precision))
+        dtype = jnp.dtype(self.model.precision)
+        return contract("bsd,de->bse", both, whole(self.projection, dtype), dtype)

@@ -11,7 +11,7 @@ from flax import nnx
 from jax import Array
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.model.layers import RouterBias, contract, parameter
+from dsv3_jax.model.layers import RouterBias, contract, parameter, whole
 
 
 class Routing(NamedTuple):
@@ -27,14 +27,15 @@ class Routing(NamedTuple):
 
 class Router(nnx.Module):
     def __init__(self, model: ModelConfig, rngs: nnx.Rngs):
-        self.weight = parameter(rngs, (model.width, model.experts), ("width", "experts"), model.initializer_std)
+        self.weight = parameter(rngs, (model.width, model.experts), ("width", "router_experts"), model.initializer_std)
         if model.selection_bias:
-            self.bias = RouterBias(jnp.zeros((model.experts,), jnp.float32), logical_axes=("experts",))
+            self.bias = RouterBias(jnp.zeros((model.experts,), jnp.float32), logical_axes=("router_experts",))
         self.model = model
 
     def __call__(self, x_ND: Array) -> Routing:
         """Score, choose and weigh; all of it in float32, whatever the compute type."""
-        logits_NE = contract("nd,de->ne", x_ND, self.weight[...], jnp.dtype(jnp.float32))
+        float32 = jnp.dtype(jnp.float32)
+        logits_NE = contract("nd,de->ne", x_ND, whole(self.weight, float32), float32)
         scores_NE = jax.nn.sigmoid(logits_NE) if self.model.score_function == "sigmoid" else jax.nn.softmax(logits_NE)
         selection_NE = scores_NE + self.bias[...] if self.model.selection_bias else scores_NE
         experts_NK = choose_experts(jax.lax.stop_gradient(selection_NE), self.model)

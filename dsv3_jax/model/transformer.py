@@ -21,10 +21,12 @@ from jax import Array
 
 from dsv3_jax.config import ModelConfig, check_model
 from dsv3_jax.model.block import Block
-from dsv3_jax.model.layers import RMSNorm, RouterBias, contract, parameter, scan_stack, stack
+from dsv3_jax.model.layers import RMSNorm, RouterBias, contract, parameter, scan_stack, stack, whole
 from dsv3_jax.model.moe import MixtureOfExperts, RouterStatistics
 from dsv3_jax.model.mtp import MultiTokenPrediction
 from dsv3_jax.model.rope import rotation
+from sharding.collectives import axis_index, axis_size, summed
+from sharding.rules import TENSOR_AXES
 
 
 class Transformer(nnx.Module):
@@ -40,7 +42,7 @@ class Transformer(nnx.Module):
             self.dense_blocks = stack(partial(Block, model, dense=True), model.dense_layers, rngs)
         if model.moe_layers:
             self.moe_blocks = stack(partial(Block, model, dense=False), model.moe_layers, rngs)
-        self.norm = RMSNorm(model.width, "width", model.norm_epsilon)
+        self.norm = RMSNorm(model.width, model.norm_epsilon)
         self.head = parameter(rngs, (model.width, model.vocabulary), ("width", "vocabulary"), model.initializer_std)
         self.mtp = nnx.List([MultiTokenPrediction(model, rngs) for _ in range(model.mtp_depth)])
         self.model = model
@@ -145,13 +147,19 @@ class Transformer(nnx.Module):
         return [network.router.bias for network in networks if isinstance(network, MixtureOfExperts)]
 
     def embed(self, tokens_BS: Array) -> Array:
-        return self.embedding[...].astype(jnp.dtype(self.model.precision))[tokens_BS]
+        """The residual stream's first value, [B, S, D]."""
+        table_WD = whole(self.embedding, jnp.dtype(self.model.precision))
+        if axis_size(TENSOR_AXES) == 1:
+            return table_WD[tokens_BS]
+        # This device's part of the vocabulary; every token is in one of them.
+        row_BS = tokens_BS - axis_index(TENSOR_AXES) * table_WD.shape[0]
+        mine_BS1 = ((row_BS >= 0) & (row_BS < table_WD.shape[0]))[..., None]
+        return summed(jnp.where(mine_BS1, table_WD[row_BS], 0), TENSOR_AXES)
 
     def logits(self, hidden_BSD: Array) -> Array:
         """Head on normed hidden states: float32 [B, S, W]."""
-        return contract(
-            "bsd,dw->bsw", hidden_BSD, self.head[...], jnp.dtype(self.model.precision), jnp.dtype(jnp.float32)
-        )
+        dtype = jnp.dtype(self.model.precision)
+        return contract("bsd,dw->bsw", hidden_BSD, whole(self.head, dtype), dtype, jnp.dtype(jnp.float32))
 
     def stacks(self) -> list[Block]:
         """The dense blocks, then the MoE blocks; a stack without layers is left out."""

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from dsv3_jax.model.layers import contract
+from sharding.collectives import axis_index, axis_size, largest, spread_like, summed
+from sharding.rules import TENSOR_AXES
 
 # Tokens whose logits exist at one time: 1024 rows of 129,280 logits are half a GiB.
 TOKENS_AT_ONCE = 1024
@@ -17,7 +19,7 @@ def cross_entropy(hidden_ND: Array, head_DW: Array, labels_N: Array, counted_N: 
 
     Args:
         hidden_ND: normed hidden states; their type is the compute type of the matmuls.
-        head_DW: float32.
+        head_DW: of the same type; where the vocabulary is divided over devices, this device's part of it.
         labels_N: int32; any id where not counted.
         counted_N: bool.
 
@@ -34,7 +36,8 @@ def _cross_entropy(hidden_ND, head_DW, labels_N, counted_N):
         loss, _ = _chunk_loss(hidden, head_DW, labels, counted)
         return total + loss, None
 
-    return jax.lax.scan(chunk, jnp.zeros((), jnp.float32), _chunks(hidden_ND, labels_N, counted_N))[0]
+    start = spread_like(jnp.zeros((), jnp.float32), hidden_ND)
+    return jax.lax.scan(chunk, start, _chunks(hidden_ND, labels_N, counted_N))[0]
 
 
 def _forward(hidden_ND, head_DW, labels_N, counted_N):
@@ -45,17 +48,20 @@ def _forward(hidden_ND, head_DW, labels_N, counted_N):
         dtype = hidden.dtype
         hidden_gradient = contract("nw,dw->nd", logit_gradient, head_DW, dtype)
         head_gradient += contract("nd,nw->dw", hidden, logit_gradient, dtype, jnp.dtype(jnp.float32))
-        return (total + loss, head_gradient), hidden_gradient
+        return (total + loss, head_gradient), summed(hidden_gradient, TENSOR_AXES)
 
-    start = (jnp.zeros((), jnp.float32), jnp.zeros(head_DW.shape, jnp.float32))
+    start = (
+        spread_like(jnp.zeros((), jnp.float32), hidden_ND),
+        spread_like(jnp.zeros(head_DW.shape, jnp.float32), hidden_ND, head_DW),
+    )
     (total, head_gradient), hidden_gradient = jax.lax.scan(chunk, start, _chunks(hidden_ND, labels_N, counted_N))
     hidden_gradient = hidden_gradient.reshape(-1, hidden_ND.shape[1])[: hidden_ND.shape[0]]
-    return total, (hidden_gradient, head_gradient)
+    return total, (hidden_gradient, head_gradient.astype(head_DW.dtype))
 
 
 def _backward(saved, cotangent):
-    hidden_gradient, head_gradient = saved
-    return (hidden_gradient * cotangent.astype(hidden_gradient.dtype), head_gradient * cotangent, None, None)
+    of_hidden, of_head = (gradient * cotangent.astype(gradient.dtype) for gradient in saved)
+    return of_hidden, of_head, None, None
 
 
 _cross_entropy.defvjp(_forward, _backward)
@@ -64,13 +70,23 @@ _cross_entropy.defvjp(_forward, _backward)
 def _chunk_loss(hidden_ND: Array, head_DW: Array, labels_N: Array, counted_N: Array) -> tuple[Array, Array]:
     """Summed loss of a chunk and its gradient in the logits [N, W]."""
     logits_NW = contract("nd,dw->nw", hidden_ND, head_DW, hidden_ND.dtype, jnp.dtype(jnp.float32))
-    shifted_NW = logits_NW - logits_NW.max(axis=-1, keepdims=True)
+    shifted_NW = logits_NW - largest(logits_NW.max(axis=-1, keepdims=True), TENSOR_AXES)
     powers_NW = jnp.exp(shifted_NW)
-    sums_N = powers_NW.sum(axis=-1)
-    label_logits_N = jnp.take_along_axis(shifted_NW, labels_N[:, None], axis=-1)[:, 0]
+    sums_N = summed(powers_NW.sum(axis=-1), TENSOR_AXES)
+    column_N1 = (labels_N - axis_index(TENSOR_AXES) * head_DW.shape[1])[:, None]
+    is_label_NW = column_N1 == jnp.arange(head_DW.shape[1])
+    label_logits_N = _label_logits(shifted_NW, column_N1)
     loss = jnp.sum(jnp.where(counted_N, jnp.log(sums_N) - label_logits_N, 0.0))
-    is_label_NW = labels_N[:, None] == jnp.arange(head_DW.shape[1])
     return loss, (powers_NW * (counted_N / sums_N)[:, None]) - (is_label_NW & counted_N[:, None])
+
+
+def _label_logits(logits_NW: Array, column_N1: Array) -> Array:
+    """Every token's logit in its column; columns count from the first of this device's part of the vocabulary."""
+    logits_N = jnp.take_along_axis(logits_NW, jnp.clip(column_N1, 0, logits_NW.shape[1] - 1), axis=-1)[:, 0]
+    if axis_size(TENSOR_AXES) == 1:
+        return logits_N
+    mine_N = ((column_N1 >= 0) & (column_N1 < logits_NW.shape[1]))[:, 0]
+    return summed(jnp.where(mine_N, logits_N, 0.0), TENSOR_AXES)
 
 
 def _chunks(hidden_ND: Array, labels_N: Array, counted_N: Array) -> tuple[Array, Array, Array]:

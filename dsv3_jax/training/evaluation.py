@@ -5,12 +5,17 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh, PartitionSpec
 
 from dsv3_jax.config import Config
-from dsv3_jax.model.functional import Skeleton, Tree, put_together
+from dsv3_jax.model.functional import Skeleton, Tree, parameter_specs, put_together
+from dsv3_jax.model.layers import whole
 from dsv3_jax.training.cross_entropy import cross_entropy
 from dsv3_jax.training.losses import Batch, targets
+from sharding.collectives import summed
+from sharding.mesh import ROW_AXES, TOKEN_AXES, on_mesh, row_spec
 
 
 class Evaluation(NamedTuple):
@@ -29,10 +34,9 @@ class Evaluation(NamedTuple):
         return self.nats / math.log(2) / text_bytes
 
 
-def make_evaluate(config: Config, skeleton: Skeleton) -> Callable[[Tree, Tree, Iterable[dict]], Evaluation]:
+def make_evaluate(config: Config, skeleton: Skeleton, mesh: Mesh) -> Callable[[Tree, Tree, Iterable[dict]], Evaluation]:
     """A function of parameters, router bias and batches (as `validation_batches` yields them). It updates nothing."""
 
-    @jax.jit
     def summed_loss(parameters: Tree, router_bias: Tree, batch: Batch) -> tuple[Array, Array]:
         model = put_together(skeleton, parameters, router_bias)
         ahead = targets(batch, mtp_depth=0)
@@ -40,14 +44,17 @@ def make_evaluate(config: Config, skeleton: Skeleton) -> Callable[[Tree, Tree, I
         hidden_BSD, _ = model.hidden_states(batch.tokens[:, :-1], batch.positions[:, :-1], segment_ids_BS)
         loss = cross_entropy(
             model.norm(hidden_BSD).reshape(-1, config.model.width),
-            model.head[...],
+            whole(model.head, jnp.dtype(config.model.precision)),
             ahead.following.reshape(-1),
             ahead.counted.reshape(-1),
         )
-        return loss, ahead.counted.sum()
+        return summed(loss, TOKEN_AXES), summed(ahead.counted.sum(), ROW_AXES)
+
+    specs = (*parameter_specs(skeleton, mesh), row_spec(mesh))
+    compiled = jax.jit(on_mesh(summed_loss, mesh, specs, PartitionSpec()))
 
     def evaluate(parameters: Tree, router_bias: Tree, batches: Iterable[dict]) -> Evaluation:
-        sums = [summed_loss(parameters, router_bias, Batch(**batch)) for batch in batches]
+        sums = [compiled(parameters, router_bias, Batch(**batch)) for batch in batches]
         return Evaluation(sum(float(nats) for nats, _ in sums), sum(int(tokens) for _, tokens in sums))
 
     return evaluate

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import grain
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from dsv3_jax.config import Config
 from dsv3_jax.errors import UserError
@@ -18,7 +19,8 @@ from dsv3_jax.training.flops import model_flops_per_token
 from dsv3_jax.training.losses import Batch
 from dsv3_jax.training.metrics import Metric, MetricsLog
 from dsv3_jax.training.progress import Progress
-from dsv3_jax.training.step import StepMetrics, TrainState, TrainStep
+from dsv3_jax.training.state import TrainState
+from dsv3_jax.training.step import StepMetrics, TrainStep
 
 
 class NotFiniteError(UserError):
@@ -40,7 +42,8 @@ class LoopResult(NamedTuple):
 class Surroundings(NamedTuple):
     """What the loop talks to."""
 
-    batches: grain.DatasetIterator[dict[str, np.ndarray]]
+    batches: grain.DatasetIterator[dict[str, jax.Array]]
+    """Placed on the mesh."""
     checkpoints: Checkpoints
     log: MetricsLog
     progress: Progress
@@ -48,6 +51,7 @@ class Surroundings(NamedTuple):
     interrupted: Callable[[], bool]
     matmul_rate: float
     """FLOP/s of this machine, the denominator of the utilisation."""
+    mesh: Mesh
 
 
 def run_steps(
@@ -69,7 +73,7 @@ def run_steps(
         following = Batch(**next(around.batches))
         if not metrics.finite:
             raise NotFiniteError(
-                f"step {step} is not finite: {first_bad_tensor(state, batch, config, skeleton)}; "
+                f"step {step} is not finite: {first_bad_tensor(state, batch, config, skeleton, around.mesh)}; "
                 "nothing of it was kept; a lower optimizer.learning_rate often helps"
             )
         meter.step_done()

@@ -1,11 +1,12 @@
 """The objective: next token + lambda / D * MTP + alpha * balance (V3 equations 17-20, 24, 25)."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.layers import whole
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.training.cross_entropy import cross_entropy
 
@@ -13,10 +14,10 @@ from dsv3_jax.training.cross_entropy import cross_entropy
 class Batch(NamedTuple):
     """Rows of one token more than the model reads, so that inputs and labels overlap; each int32 [B, S + 1]."""
 
-    tokens: Array
-    segment_ids: Array
+    tokens: Any
+    segment_ids: Any
     """Document of each token within the row, from 1; 0 is padding. All 1 when documents are not isolated."""
-    positions: Array
+    positions: Any
 
 
 class Targets(NamedTuple):
@@ -85,10 +86,12 @@ def loss_sums(model: Transformer, batch: Batch, *, isolate_documents: bool) -> t
         hidden_BSD, ahead.following[..., :-1], positions_BS, segment_ids_BS, ahead.counted[..., 1:]
     )
 
+    head_DW = whole(model.head, jnp.dtype(config.precision))
+
     def token_loss(normed_BSD: Array, depth: int) -> Array:
         return cross_entropy(
             normed_BSD.reshape(-1, config.width),
-            model.head[...],
+            head_DW,
             ahead.following[..., depth].reshape(-1),
             ahead.counted[..., depth].reshape(-1),
         )

@@ -6,6 +6,7 @@ import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 from tokenizers import Tokenizer
 
 from dsv3_jax.config import Config
@@ -20,7 +21,7 @@ from dsv3_jax.training.evaluation import Evaluation
 from dsv3_jax.training.flops import model_flops_per_token, parameter_counts
 from dsv3_jax.training.loop import LoopResult
 from dsv3_jax.training.plots import write_expert_load, write_loss_curve
-from dsv3_jax.training.step import TrainState
+from dsv3_jax.training.state import TrainState
 
 PROMPT_CHARACTERS = 120
 
@@ -108,7 +109,9 @@ def held_out_prompt(corpus: Corpus) -> str:
 
 
 def sample(run: Run, state: TrainState, prompt: str) -> Completion:
-    model = put_together(run.skeleton, state.parameters, state.router_bias)
+    # On one device, wherever the parameters were: a sample is one short row.
+    trees = jax.device_put((state.parameters, state.router_bias), jax.local_devices()[0])
+    model = put_together(run.skeleton, *trees)
     (completion,) = complete(
         model, run.tokenizer, [prompt], Sampling(seed=run.config.seed), run.config.training.sample_tokens
     )

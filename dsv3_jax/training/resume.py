@@ -22,6 +22,13 @@ FREE_ON_RESUME = frozenset(
         "training.sample_tokens",
         "training.microbatches",
         "model.remat",
+        "model.dispatch_factor",
+        "mesh.data",
+        "mesh.fsdp",
+        "mesh.node",
+        "mesh.expert",
+        "mesh.context",
+        "mesh.tensor",
     }
 )
 """Fields that may change when a run resumes."""
@@ -38,6 +45,7 @@ FREE_ON_INIT = frozenset(
         "model.initializer_std",
         "model.precision",
         "model.remat",
+        "model.dispatch_factor",
     }
 )
 """Model fields that may change when a run starts from another's parameters: none changes an array or what it means."""

@@ -1,16 +1,17 @@
 """The training step: one pure function from state and batch to state and metrics."""
 
-import functools
+from collections import defaultdict
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsv3_jax.config import Config
-from dsv3_jax.model.functional import Skeleton, Tree, abstract_trees, initialize, put_together, take_apart
+from dsv3_jax.model.functional import Skeleton, Tree, put_together, take_apart
 from dsv3_jax.model.router import updated_bias
 from dsv3_jax.training.losses import (
     Batch,
@@ -23,16 +24,9 @@ from dsv3_jax.training.losses import (
 )
 from dsv3_jax.training.optimizer import adamw
 from dsv3_jax.training.schedules import bias_speed, learning_rate, loss_weights
-
-
-class TrainState(NamedTuple):
-    """Everything a step reads and writes."""
-
-    step: Array
-    """int32, optimizer steps done."""
-    parameters: Tree
-    router_bias: Tree
-    optimizer: Any
+from dsv3_jax.training.state import TrainState, abstract_state, state_specs
+from sharding.collectives import spread, summed, variation
+from sharding.mesh import ROW_AXES, TOKEN_AXES, on_mesh, row_spec
 
 
 class StepMetrics(NamedTuple):
@@ -53,29 +47,18 @@ class StepMetrics(NamedTuple):
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
 
 
-def initial_state(config: Config, skeleton: Skeleton) -> TrainState:
-    """Parameters drawn from the config's seed, zero router biases, a fresh optimizer."""
-    return _first_state(config, skeleton, *initialize(config.model, config.seed))
+def make_train_step(config: Config, skeleton: Skeleton, mesh: Mesh) -> jax.stages.Wrapped:
+    """The jitted step for batches of [batch_size, sequence_length + 1]; it consumes its state's buffers.
 
-
-def abstract_state(config: Config, skeleton: Skeleton) -> TrainState:
-    """What `initial_state` returns, as ShapeDtypeStructs; allocates nothing."""
-    return jax.eval_shape(functools.partial(_first_state, config, skeleton), *abstract_trees(skeleton))
-
-
-def _first_state(config: Config, skeleton: Skeleton, parameters: Tree, router_bias: Tree) -> TrainState:
-    return TrainState(jnp.zeros((), jnp.int32), parameters, router_bias, adamw(config, skeleton).init(parameters))
-
-
-def make_train_step(config: Config, skeleton: Skeleton) -> jax.stages.Wrapped:
-    """The jitted step for batches of [batch_size, sequence_length + 1]; it consumes its state's buffers."""
+    It runs on every device of the mesh, with that device's rows and pieces of the state.
+    """
     optimizer = adamw(config, skeleton)
     steps = config.training.steps
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         weights = loss_weights(state.step, config.loss, steps)
         losses, loads, gradients = accumulated_gradients(state, batch, weights, config, skeleton)
-        norm = optax.tree.norm(gradients)
+        norm = global_norm(gradients)
         finite = jnp.isfinite(norm) & jnp.isfinite(objective(losses, weights, config.model))
 
         def moved(state: TrainState) -> TrainState:
@@ -94,14 +77,17 @@ def make_train_step(config: Config, skeleton: Skeleton) -> jax.stages.Wrapped:
         rate = learning_rate(state.step, config.optimizer, steps)
         return state_after, StepMetrics(losses, norm, rate, loads, _dropped(loads, batch, config), finite)
 
-    return jax.jit(train_step, donate_argnums=0)
+    specs = state_specs(config, skeleton, mesh)
+    on_devices = on_mesh(train_step, mesh, (specs, row_spec(mesh)), (specs, PartitionSpec()))
+    return jax.jit(on_devices, donate_argnums=0)
 
 
-def compile_train_step(config: Config, skeleton: Skeleton) -> TrainStep:
+def compile_train_step(config: Config, skeleton: Skeleton, mesh: Mesh) -> TrainStep:
     """`make_train_step`, compiled before there is a state or a batch to call it with."""
     shape = config.training.batch_size, config.training.sequence_length + 1
-    batch = jax.eval_shape(lambda: Batch(*[jnp.zeros(shape, jnp.int32)] * 3))
-    return make_train_step(config, skeleton).lower(abstract_state(config, skeleton), batch).compile()
+    rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, row_spec(mesh)))
+    state = abstract_state(config, skeleton, mesh)
+    return make_train_step(config, skeleton, mesh).lower(state, Batch(rows, rows, rows)).compile()
 
 
 def accumulated_gradients(
@@ -109,10 +95,13 @@ def accumulated_gradients(
 ) -> tuple[Losses, list[Array], Tree]:
     """Mean losses, loads and gradients of the batch, taken in `microbatches` parts one after the other.
 
+    Called on every device of a mesh with its rows: losses and loads are of all rows, gradients of this device's pieces.
     Every part divides by the counts of the whole batch, so the sum of the parts is the gradient of the whole whatever
     the split and however padding is spread over it.
     """
-    counts = loss_counts(batch, config.model.mtp_depth)
+    counts = jax.tree.map(lambda count: summed(count, ROW_AXES), loss_counts(batch, config.model.mtp_depth))
+    # From here on every device has parameters of its own; what they were copies of gets the sum of their gradients.
+    parameters = jax.tree.map(lambda leaf: spread(leaf, TOKEN_AXES), state.parameters)
 
     def part_loss(parameters: Tree, part: Batch):
         model = put_together(skeleton, parameters, state.router_bias)
@@ -120,15 +109,34 @@ def accumulated_gradients(
         means = mean_losses(sums, counts, config.model)
         return objective(means, weights, config.model), (means, loads)
 
-    def add_part(total, part: Batch):
-        gradients, (means, loads) = jax.grad(part_loss, has_aux=True)(state.parameters, part)
-        return jax.tree.map(jnp.add, total, (means, loads, gradients)), None
+    def of_part(part: Batch) -> tuple[Tree, tuple[Losses, list[Array]]]:
+        return jax.grad(part_loss, has_aux=True)(parameters, part)
 
-    parts = jax.tree.map(lambda rows: rows.reshape(config.training.microbatches, -1, rows.shape[-1]), batch)
-    one_part = jax.tree.map(lambda rows: rows[0], parts)
-    gradients, (means, loads) = jax.eval_shape(jax.grad(part_loss, has_aux=True), state.parameters, one_part)
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (means, loads, gradients))
-    return jax.lax.scan(add_part, zeros, parts)[0]
+    if config.training.microbatches == 1:
+        gradients, (means, loads) = of_part(batch)
+    else:
+        parts = jax.tree.map(lambda rows: rows.reshape(config.training.microbatches, -1, rows.shape[-1]), batch)
+        shapes = jax.eval_shape(of_part, jax.tree.map(lambda rows: rows[0], parts))[1]
+        nothing = jax.tree.map(lambda leaf: spread(jnp.zeros(leaf.shape, leaf.dtype), TOKEN_AXES), shapes)
+        start = jax.tree.map(jnp.zeros_like, parameters), nothing
+        gradients, (means, loads) = jax.lax.scan(
+            lambda total, part: (jax.tree.map(jnp.add, total, of_part(part)), None), start, parts
+        )[0]
+    means, loads = jax.tree.map(lambda leaf: summed(leaf, TOKEN_AXES), (means, loads))
+    return means, loads, jax.tree.map(_sum_of_copies, gradients, state.parameters)
+
+
+def global_norm(gradients: Tree) -> Array:
+    """Square root of the sum of all squares, over the pieces of all devices."""
+    squares: dict[tuple[str, ...], list[Array]] = defaultdict(list)
+    for gradient in jax.tree.leaves(gradients):
+        squares[variation(gradient)].append(jnp.sum(gradient * gradient))
+    return jnp.sqrt(sum((summed(jnp.stack(parts).sum(), axes) for axes, parts in squares.items()), start=jnp.zeros(())))
+
+
+def _sum_of_copies(gradient: Array, parameter: Array) -> Array:
+    """The gradient of a parameter, from those that the devices that hold it found each for its own copy."""
+    return summed(gradient, [axis for axis in variation(gradient) if axis not in variation(parameter)])
 
 
 def update_router_biases(state: TrainState, loads: list[Array], speed: Array, skeleton: Skeleton) -> Tree:
@@ -142,5 +150,7 @@ def update_router_biases(state: TrainState, loads: list[Array], speed: Array, sk
 def _dropped(loads: list[Array], batch: Batch, config: Config) -> Array:
     counts = loss_counts(batch, config.model.mtp_depth)
     present = (batch.segment_ids[:, :-1] > 0).sum()
-    sent = config.model.experts_per_token * (config.model.moe_layers * present + counts.tokens[1:].sum())
+    sent = summed(
+        config.model.experts_per_token * (config.model.moe_layers * present + counts.tokens[1:].sum()), ROW_AXES
+    )
     return sent - sum((load.sum() for load in loads), start=jnp.zeros((), jnp.int32))

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.model.moe import MixtureOfExperts
+from dsv3_jax.model.moe import MixtureOfExperts, answered
 from tests.reference import routing
 from tests.reference import transformer as reference
 from tests.reference.weights import Tree, random_module
@@ -126,7 +126,7 @@ def test_gradients_of_the_experts_are_those_of_their_expression(precision, toler
     cotangent_MD = jnp.asarray(random.standard_normal((36, model.width)), precision)
 
     def experts(state, rows_MD, weights_M):
-        return nnx.merge(structure, state)(rows_MD, weights_M, jnp.asarray(sizes))
+        return answered(nnx.merge(structure, state).matrices(), rows_MD, weights_M, jnp.asarray(sizes))
 
     def expression(state, rows_MD, weights_M):
         expert_M = np.repeat(np.arange(model.experts), sizes)

@@ -13,7 +13,8 @@ from dsv3_jax.config import Config
 from dsv3_jax.model.functional import Skeleton, abstract_trees, skeleton_of
 from dsv3_jax.training.diagnosis import first_bad_tensor
 from dsv3_jax.training.losses import Batch
-from dsv3_jax.training.step import TrainState
+from dsv3_jax.training.state import TrainState
+from sharding.mesh import one_device
 
 WHOLE = dataclasses.replace(
     tiny,
@@ -49,7 +50,7 @@ def _diagnosis(config: Config, *poisons: tuple[str, tuple[int | slice, ...], flo
     state, skeleton = _state(config)
     for poison in poisons:
         _set(state._asdict(), *poison)
-    return first_bad_tensor(state, _batch(), config, skeleton)
+    return first_bad_tensor(state, _batch(), config, skeleton, one_device())
 
 
 @pytest.mark.parametrize(

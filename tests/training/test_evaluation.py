@@ -11,6 +11,7 @@ import pytest
 from configs.tiny import config as tiny
 from dsv3_jax.model.functional import abstract_trees, put_together, skeleton_of
 from dsv3_jax.training.evaluation import Evaluation, make_evaluate
+from sharding.mesh import one_device
 
 MODEL = dataclasses.replace(
     tiny.model, vocabulary=50, width=16, layers=1, dense_layers=0, heads=2, query_latent=8, key_value_latent=8,
@@ -19,7 +20,7 @@ MODEL = dataclasses.replace(
 )  # fmt: skip
 CONFIG = dataclasses.replace(tiny, model=MODEL, data=dataclasses.replace(tiny.data, isolate_documents=True))
 SKELETON = skeleton_of(MODEL)
-EVALUATE = make_evaluate(CONFIG, SKELETON)
+EVALUATE = make_evaluate(CONFIG, SKELETON, one_device())
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,9 @@ from dsv3_jax.training.loop import (
     stacked_loads,
 )
 from dsv3_jax.training.losses import Losses
-from dsv3_jax.training.step import StepMetrics, TrainState
+from dsv3_jax.training.state import TrainState
+from dsv3_jax.training.step import StepMetrics
+from sharding.mesh import one_device
 
 
 def _metrics(finite: bool = True, **changes: Any) -> StepMetrics:
@@ -194,6 +196,7 @@ def run(monkeypatch) -> Callable[..., LoopResult]:
             lambda _: Evaluation(1.0, 1),
             lambda: done.step >= stop_after,
             1e12,
+            one_device(),
         )
         return run_steps(state, train_step, config, None, around)
 

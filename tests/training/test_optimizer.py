@@ -13,7 +13,9 @@ from configs.tiny import config as tiny
 from dsv3_jax.model.functional import abstract_trees, skeleton_of
 from dsv3_jax.training import step as step_module
 from dsv3_jax.training.losses import Batch, Losses
-from dsv3_jax.training.step import TrainState, abstract_state, make_train_step
+from dsv3_jax.training.state import TrainState, abstract_state
+from dsv3_jax.training.step import make_train_step
+from sharding.mesh import one_device
 
 MODEL = dataclasses.replace(
     tiny.model, vocabulary=20, width=8, layers=3, dense_ffn_width=8, heads=2, query_latent=4, key_value_latent=4,
@@ -56,10 +58,12 @@ def train() -> Callable[[list[int]], tuple[Any, list[float]]]:
         gradients = jax.tree.map(lambda leaf: leaf[batch.tokens[0, 0]], stacked)
         return Losses(jnp.zeros(()), jnp.zeros(1), jnp.zeros(())), [], gradients
 
-    abstract = abstract_state(CONFIG, SKELETON)
+    abstract = abstract_state(CONFIG, SKELETON, one_device())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step_module, "accumulated_gradients", given)
-        lowered = make_train_step(CONFIG, SKELETON).lower(abstract, Batch(*[jnp.ones((1, 5), jnp.int32)] * 3))
+        lowered = make_train_step(CONFIG, SKELETON, one_device()).lower(
+            abstract, Batch(*[jnp.ones((1, 5), jnp.int32)] * 3)
+        )
     train_step = lowered.compile(compiler_options={"xla_backend_optimization_level": 0})
 
     def train(indices: list[int]) -> tuple[Any, list[float]]:

@@ -14,7 +14,9 @@ from configs.tiny import config as tiny
 from dsv3_jax.config import Config
 from dsv3_jax.model.functional import abstract_trees, skeleton_of
 from dsv3_jax.training.losses import Batch
-from dsv3_jax.training.step import StepMetrics, TrainState, abstract_state, make_train_step, update_router_biases
+from dsv3_jax.training.state import TrainState, abstract_state
+from dsv3_jax.training.step import StepMetrics, make_train_step, update_router_biases
+from sharding.mesh import one_device
 
 MODEL = dataclasses.replace(
     tiny.model, vocabulary=50, width=16, layers=2, dense_layers=0, heads=2, query_latent=None, key_value_latent=8,
@@ -44,12 +46,16 @@ def _config(microbatches: int) -> Config:
     )
 
 
-SKELETON = skeleton_of(MODEL)
+SKELETON, MESH = skeleton_of(MODEL), one_device()
+
+
+def _abstract_state() -> TrainState:
+    return abstract_state(_config(1), SKELETON, MESH)
 
 
 @cache
 def _step(microbatches: int) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-    step = make_train_step(_config(microbatches), SKELETON).lower(abstract_state(_config(1), SKELETON), _batch())
+    step = make_train_step(_config(microbatches), SKELETON, MESH).lower(_abstract_state(), _batch())
     # The same program without LLVM's optimisations: it runs once or twice, and compiles in half the time.
     return step.compile(compiler_options={"xla_backend_optimization_level": 0})
 
@@ -61,7 +67,7 @@ def _state(step: int = 0) -> TrainState:
         return jnp.asarray(0.2 * random.normal(size=leaf.shape), leaf.dtype)
 
     parameters, router_bias = jax.tree.map(draw, abstract_trees(SKELETON))
-    fresh = abstract_state(_config(1), SKELETON).optimizer
+    fresh = _abstract_state().optimizer
     optimizer = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), fresh)
     return TrainState(jnp.int32(step), parameters, router_bias, optimizer)
 
