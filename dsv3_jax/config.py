@@ -104,6 +104,8 @@ class ModelConfig:
     dispatch_factor: float = 2.0
     """Rows of tokens that a device takes in for its experts at one time, as a multiple of what balanced routing would
     send it. Nothing is dropped: what does not fit waits for another round."""
+    dispatch_once_a_node: bool = True
+    """Send a token once to each node it has experts on, and there on to its experts; otherwise once to each expert."""
 
     @property
     def moe_layers(self) -> int:

@@ -1,114 +1,137 @@
-"""Tokens to their experts and back.
+"""Tokens to their experts and back, wherever on the mesh those are.
 
-`dispatch` gives every (token, expert) pair a row, the rows of one expert next to each other; `combine` brings the
-experts' results back to the tokens. Where experts are divided over a mesh, `exchange.py` takes the rows to their
-devices in between. Any routing is exact: nothing is dropped, no buffer depends on the balance.
+Any routing is exact: nothing is dropped, no buffer depends on the balance. `token_rows.py` makes rows of tokens and
+sums their answers, `exchange.py` takes rows to other devices and answers back.
 
-A row's weight goes along with it, for the experts to apply: weighed in `combine`, what every expert answered would have
-to be kept, or computed again, for the gradient of the weights.
+A row's weight goes along with it, for the experts to apply: weighed when the answers are summed, what every expert
+answered would have to be kept, or computed again, for the gradient of the weights.
 """
 
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sharding.collectives import axis_size, present
-from sharding.exchange import Answer, exchanged
+from sharding.collectives import axis_size, largest, present, variation
+from sharding.exchange import exchanged
+from sharding.repetition import added_up
 from sharding.rules import EXPERT_AXES
+from sharding.token_rows import DispatchPlan, combine, dispatch, partial_plan, spread_rows, spread_weights
+
+# (matrices, rows [M, D], weights [M], group sizes [e]) -> answers [M, D], each times its weight.
+Experts = Callable[[Any, Array, Array, Array], Array]
 
 
-class DispatchPlan(NamedTuple):
-    """Where each row came from. M = N * K rows."""
+class Routes(NamedTuple):
+    """What is known of every routing before it is made."""
 
-    group_sizes_E: Array
-    """int32, rows of each expert; its rows follow those of the experts before it."""
-    token_M: Array
-    """int32, token of each row."""
-    choice_M: Array
-    """int32, which (token, choice) pair each row is, as token * K + choice."""
-    row_NK: Array
-    """int32, row of each (token, choice)."""
+    experts: int
+    """E, on all devices together."""
+    groups: int
+    """Groups of consecutive experts."""
+    groups_per_token: int
+    """From how many of them a token chooses."""
+    factor: float
+    """Rows that a device takes in at one time, as a multiple of what balanced routing would send it."""
+    once_a_node: bool
+    """Send a token once to each node it has experts on, and there on to its experts; otherwise once to each expert."""
 
 
 def through_experts(
-    answer: Answer, matrices: Any, x_ND: Array, weights_NK: Array, experts_NK: Array, experts: int, factor: float
+    experts: Experts, matrices: Any, x_ND: Array, weights_NK: Array, experts_NK: Array, routes: Routes
 ) -> Array:
     """Each token's sum of its experts' answers: [N, D].
 
     Args:
-        answer: (matrices, rows, weights, group sizes) -> answers, the experts of one device.
-        matrices: what those experts multiply with; of E experts, those of this device.
+        experts: those of one device, as a function.
+        matrices: what they multiply with, this device's part of all E.
         x_ND: this device's tokens.
         weights_NK: float32, what each answer is multiplied by.
         experts_NK: int32 in [0, E).
-        experts: E.
-        factor: rows that a device receives at one time, as a multiple of what balanced routing would send it.
     """
-    rows_MD, weights_M, plan = dispatch(x_ND, weights_NK, experts_NK, experts)
-    if axes := present(EXPERT_AXES):
-        most = rows_MD.shape[0] * axis_size(axes)
-        capacity = min(math.ceil(rows_MD.shape[0] * factor), most)
-        answers_MD = exchanged(answer, axes, capacity, matrices, rows_MD, weights_M, plan.group_sizes_E)
-    else:
-        answers_MD = answer(matrices, rows_MD, weights_M, plan.group_sizes_E)
+    if routes.once_a_node and present(("node",)):
+        return _through_nodes(experts, matrices, x_ND, weights_NK, experts_NK, routes)
+    rows_MD, weights_M, plan = dispatch(x_ND, weights_NK, experts_NK, routes.experts)
+    return combine(_answers(experts, matrices, rows_MD, weights_M, plan, EXPERT_AXES, rows_MD.shape[0], routes), plan)
+
+
+def _answers(
+    experts: Experts,
+    matrices: Any,
+    rows_MD: Array,
+    weights_M: Array,
+    plan: DispatchPlan,
+    over: tuple[str, ...],
+    balanced: int,
+    routes: Routes,
+) -> Array:
+    """The experts' answer to each row, the experts divided over these axes; `balanced` rows come to each device."""
+
+    def answer(matrices: Any, rows: Array, weights: Array, _: None, sizes: Array) -> Array:
+        return experts(matrices, rows, weights, sizes)
+
+    axes = present(over)
+    if not axes:
+        return experts(matrices, rows_MD, weights_M, plan.group_sizes_E)
+    capacity = min(math.ceil(routes.factor * balanced), rows_MD.shape[0] * axis_size(axes))
+    return exchanged(answer, axes, capacity, matrices, rows_MD, weights_M, None, plan.group_sizes_E)
+
+
+# Two levels. Routing is limited to a few groups of experts, each on one node, so that a token has to cross the slow
+# links between nodes only that often (V3 section 3.2.2): first to the device with its own place in each of those nodes,
+# then within the node to its experts; their answers are summed on the way back, before they cross again.
+
+
+def _through_nodes(
+    experts: Experts, matrices: Any, x_ND: Array, weights_NK: Array, experts_NK: Array, routes: Routes
+) -> Array:
+    (tokens, choices), nodes = experts_NK.shape, axis_size(("node",))
+    node_NK, expert_NK = jnp.divmod(experts_NK, routes.experts // nodes)
+    goes_NT = (node_NK[:, :, None] == jnp.arange(nodes)).any(axis=1)
+    crossings = tokens * nodes_per_token(routes, choices, nodes)
+    plan = partial_plan(jnp.where(goes_NT, jnp.arange(nodes), -1), nodes, crossings, 0)
+    rows_MD, weights_MK = spread_rows(x_ND, plan), spread_rows(weights_NK, plan)
+    node_M = plan.choice_M % nodes
+    expert_MK = jnp.where(node_NK[plan.token_M] == node_M[:, None], expert_NK[plan.token_M], -1)
+
+    def of_node(matrices: Any, rows_RD: Array, weights_RK: Array, expert_RK: Array, sizes: Array) -> Array:
+        expert_RK = jnp.where((jnp.arange(len(expert_RK)) < sizes.sum())[:, None], expert_RK, -1)
+        return _within_node(experts, matrices, rows_RD, weights_RK, expert_RK, tokens * choices, routes, nodes)
+
+    capacity = min(math.ceil(routes.factor * crossings), nodes * crossings)
+    answers_MD = exchanged(of_node, ("node",), capacity, matrices, rows_MD, weights_MK, expert_MK, plan.group_sizes_E)
     return combine(answers_MD, plan)
 
 
-def dispatch(x_ND: Array, weights_NK: Array, experts_NK: Array, experts: int) -> tuple[Array, Array, DispatchPlan]:
-    """Copy each token into one row an expert it goes to, rows ordered by expert.
+def nodes_per_token(routes: Routes, choices: int, nodes: int) -> int:
+    """The most nodes a token has experts on."""
+    most = min(nodes, choices)
+    return min(most, routes.groups_per_token) if routes.groups % nodes == 0 else most
 
-    Returns rows [M, D], the weight of each row [M], and the plan that `combine` needs.
+
+def _within_node(
+    experts: Experts,
+    matrices: Any,
+    rows_RD: Array,
+    weights_RK: Array,
+    expert_RK: Array,
+    balanced: int,
+    routes: Routes,
+    nodes: int,
+) -> Array:
+    """Each row's sum of its experts' answers, experts of this node's devices; -1 is no expert.
+
+    What came over the slow links is dealt with in as many parts as it has `factor * balanced` pairs.
     """
-    tokens, choices = experts_NK.shape
-    flat_M = experts_NK.reshape(-1)
-    choice_M = jnp.argsort(flat_M, stable=True).astype(jnp.int32)
-    row_M = (
-        jnp.zeros_like(choice_M).at[choice_M].set(jnp.arange(tokens * choices, dtype=jnp.int32), unique_indices=True)
-    )
-    group_sizes_E = jnp.sum(flat_M[:, None] == jnp.arange(experts), axis=0, dtype=jnp.int32)
-    plan = DispatchPlan(group_sizes_E, choice_M // choices, choice_M, row_M.reshape(tokens, choices))
-    return _spread(x_ND, plan), _permute(weights_NK, plan), plan
+    pairs = min(math.ceil(routes.factor * balanced), expert_RK.size)
 
+    def part(index: Array, values: Any, expert_RK: Array) -> Array:
+        matrices, rows_RD, weights_RK = values
+        plan = partial_plan(expert_RK, routes.experts // nodes, pairs, index)
+        rows_MD, weights_M = spread_rows(rows_RD, plan), spread_weights(weights_RK, plan)
+        return combine(_answers(experts, matrices, rows_MD, weights_M, plan, ("expert",), balanced, routes), plan)
 
-def combine(rows_MD: Array, plan: DispatchPlan) -> Array:
-    """Sum of each token's rows: [N, D] in the type of the rows; the sum is float32."""
-    return _gather(rows_MD, plan)
-
-
-# All three are gathers, because the plan holds the permutation and its inverse; `_spread` and `_gather` are each
-# other's transpose. Differentiating a gather itself would give a scatter-add, several times slower and not
-# reproducible on every backend.
-
-
-@jax.custom_vjp
-def _spread(x_ND: Array, plan: DispatchPlan) -> Array:
-    return x_ND[plan.token_M]
-
-
-@jax.custom_vjp
-def _gather(rows_MD: Array, plan: DispatchPlan) -> Array:
-    return rows_MD[plan.row_NK].astype(jnp.float32).sum(axis=1).astype(rows_MD.dtype)
-
-
-@jax.custom_vjp
-def _permute(weights_NK: Array, plan: DispatchPlan) -> Array:
-    return weights_NK.reshape(-1)[plan.choice_M]
-
-
-def _unpermute(weights_M: Array, plan: DispatchPlan) -> Array:
-    return weights_M[plan.row_NK]
-
-
-def _with_transpose(function: jax.custom_vjp, transpose: Callable[[Array, DispatchPlan], Array]) -> None:
-    function.defvjp(
-        lambda values, plan: (function(values, plan), plan), lambda plan, gradient: (transpose(gradient, plan), None)
-    )
-
-
-_with_transpose(_spread, _gather)
-_with_transpose(_gather, _spread)
-_with_transpose(_permute, _unpermute)
+    parts = -(-jnp.sum(expert_RK >= 0) // pairs)
+    return added_up(part, largest(parts, variation(parts)), (matrices, rows_RD, weights_RK), expert_RK)

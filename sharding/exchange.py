@@ -16,8 +16,9 @@ from jax import Array
 from sharding.collectives import axis_index, axis_size, largest, spread_like, variation
 from sharding.transport import Shipment, ship
 
-# (matrices, rows [R, D], weights [R], group sizes [e]) -> answers [R, D]. Rows past the sum of the sizes are no rows.
-Answer = Callable[[Any, Array, Array, Array], Array]
+# (matrices, rows [R, D], along [R, ..], labels [R, ..] or None, group sizes [e]) -> answers [R, D].
+# Rows past the sum of the sizes are no rows: what stands there, and what is answered, means nothing.
+Answer = Callable[[Any, Array, Array, Any, Array], Array]
 
 
 class Queues(NamedTuple):
@@ -53,23 +54,25 @@ def exchanged(
     capacity: int,
     matrices: Any,
     rows_MD: Array,
-    weights_M: Array,
+    along_M: Array,
+    labels_M: Array | None,
     sizes_E: Array,
 ) -> Array:
     """What the experts answer to each row: [M, D].
 
     Args:
-        answer: the experts of one device; a function of a module, for it is part of what is compiled.
+        answer: the experts of one device.
         axes: mesh axes that the experts are divided over, consecutive ones on one device.
         capacity: rows a device receives in one round.
         matrices: this device's experts, what `answer` takes first.
-        rows_MD: rows ordered by expert.
-        weights_M: float32, a number that goes along with each row.
+        rows_MD: rows ordered by expert; those past the sum of `sizes_E` are no rows.
+        along_M: [M, ..] numbers that go along with each row.
+        labels_M: [M, ..] integers that go along with each row.
         sizes_E: int32, rows of each expert of all devices.
 
     The gradient sends the rows again, and keeps nothing but the arguments.
     """
-    return _exchanged(answer, axes, capacity, matrices, rows_MD, weights_M, queues_of(sizes_E, axes))
+    return _exchanged(answer, axes, capacity, matrices, rows_MD, along_M, labels_M, queues_of(sizes_E, axes))
 
 
 def queues_of(sizes_E: Array, axes: tuple[str, ...]) -> Queues:
@@ -109,60 +112,60 @@ def round_of(queues: Queues, index: Array | int, capacity: int, axes: tuple[str,
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _exchanged(answer, axes, capacity, matrices, rows_MD, weights_M, queues):
-    return _forward(answer, axes, capacity, matrices, rows_MD, weights_M, queues)[0]
+def _exchanged(answer, axes, capacity, matrices, rows_MD, along_M, labels_M, queues):
+    return _forward(answer, axes, capacity, matrices, rows_MD, along_M, labels_M, queues)[0]
 
 
-def _forward(answer, axes, capacity, matrices, rows_MD, weights_M, queues):
+def _forward(answer, axes, capacity, matrices, rows_MD, along_M, labels_M, queues):
     def one_round(index, answers_MD):
         this = round_of(queues, index, capacity, axes)
-        rows_RD, weights_R = (_received(each, this, capacity, axes) for each in (rows_MD, weights_M))
-        answers_RD = answer(matrices, rows_RD, weights_R, this.group_sizes_e)
-        return _returned(answers_RD, answers_MD, this, axes)
+        rows, along, labels = _received((rows_MD, along_M, labels_M), this, capacity, axes)
+        return _returned(answer(matrices, rows, along, labels, this.group_sizes_e), answers_MD, this, axes)
 
-    answers_MD = jax.lax.fori_loop(0, rounds_needed(queues, capacity), one_round, _like(rows_MD, rows_MD, matrices))
-    return answers_MD, (matrices, rows_MD, weights_M, queues)
+    answers_MD = jax.lax.fori_loop(0, rounds_needed(queues, capacity), one_round, _zeros(rows_MD, matrices))
+    return answers_MD, (matrices, rows_MD, along_M, labels_M, queues)
 
 
 def _backward(answer, axes, capacity, saved, gradient_MD):
-    matrices, rows_MD, weights_M, queues = saved
+    matrices, rows_MD, along_M, labels_M, queues = saved
 
     def one_round(index, totals):
-        of_matrices, of_rows_MD, of_weights_M = totals
+        of_matrices, of_rows_MD, of_along_M = totals
         this = round_of(queues, index, capacity, axes)
-        rows_RD, weights_R, gradient_RD = (
-            _received(each, this, capacity, axes) for each in (rows_MD, weights_M, gradient_MD)
-        )
-        _, transpose = jax.vjp(lambda *arguments: answer(*arguments, this.group_sizes_e), matrices, rows_RD, weights_R)
-        of_round, of_rows_RD, of_weights_R = transpose(gradient_RD)
+        rows, along, labels, gradient = _received((rows_MD, along_M, labels_M, gradient_MD), this, capacity, axes)
+        _, transpose = jax.vjp(lambda *arguments: answer(*arguments, labels, this.group_sizes_e), matrices, rows, along)
+        of_round, of_rows, of_along = transpose(gradient)
         return (
             jax.tree.map(lambda total, part: total + part.astype(total.dtype), of_matrices, of_round),
-            _returned(of_rows_RD, of_rows_MD, this, axes),
-            _returned(of_weights_R, of_weights_M, this, axes),
+            _returned(of_rows, of_rows_MD, this, axes),
+            _returned(of_along, of_along_M, this, axes),
         )
 
-    zeros = (
-        jax.tree.map(lambda matrix: jnp.zeros_like(matrix, jnp.float32), matrices),
-        _like(rows_MD, rows_MD, gradient_MD),
-        _like(weights_M, weights_M, gradient_MD),
-    )
-    of_matrices, of_rows_MD, of_weights_M = jax.lax.fori_loop(0, rounds_needed(queues, capacity), one_round, zeros)
+    of_matrices = jax.tree.map(lambda matrix: jnp.zeros_like(matrix, jnp.float32), matrices)
+    start = of_matrices, _zeros(rows_MD, gradient_MD), _zeros(along_M, gradient_MD)
+    of_matrices, of_rows_MD, of_along_M = jax.lax.fori_loop(0, rounds_needed(queues, capacity), one_round, start)
     of_matrices = jax.tree.map(lambda total, matrix: total.astype(matrix.dtype), of_matrices, matrices)
-    return of_matrices, of_rows_MD, of_weights_M, None
+    return of_matrices, of_rows_MD, of_along_M, None, None
 
 
 _exchanged.defvjp(_forward, _backward)
 
 
-def _received(rows_M: Array, this: Round, capacity: int, axes: tuple[str, ...]) -> Array:
-    """The round's rows at this device, grouped by expert."""
-    empty_R = spread_like(jnp.zeros((capacity, *rows_M.shape[1:]), rows_M.dtype), rows_M)
-    return ship(rows_M, empty_R, this.shipment, axes)[this.arrival_R]
+def _received(arrays_M: Any, this: Round, capacity: int, axes: tuple[str, ...]) -> Any:
+    """The round's rows of each array at this device, grouped by expert."""
+
+    def one(rows_M: Array) -> Array:
+        empty_R = spread_like(jnp.zeros((capacity, *rows_M.shape[1:]), rows_M.dtype), rows_M)
+        arrived_R = ship(rows_M, empty_R, this.shipment, axes)
+        return arrived_R if this.group_sizes_e.size == 1 else arrived_R[this.arrival_R]
+
+    return jax.tree.map(one, arrays_M)
 
 
 def _returned(answers_R: Array, into_M: Array, this: Round, axes: tuple[str, ...]) -> Array:
     """`into_M`, with the answers to this round's rows of this device written over it."""
-    return ship(answers_R[this.group_R], into_M, this.shipment.reversed(), axes)
+    answers_R = answers_R if this.group_sizes_e.size == 1 else answers_R[this.group_R]
+    return ship(answers_R, into_M, this.shipment.reversed(), axes)
 
 
 def _moved(from_parts: Array, to_parts: Array, sizes: Array, capacity: int) -> Array:
@@ -177,8 +180,8 @@ def _moved(from_parts: Array, to_parts: Array, sizes: Array, capacity: int) -> A
     return jnp.where(place_R < sizes.sum(), to[part_R] + place_R - begin[part_R], place_R)
 
 
-def _like(rows: Array, *others: Any) -> Array:
-    """Zeros of the shape and type of the rows, each device's own along every axis that the others vary along."""
+def _zeros(rows: Array, *others: Any) -> Array:
+    """Zeros like the rows, each device's own along every axis that the rows or the others vary along."""
     return spread_like(jnp.zeros_like(rows), *jax.tree.leaves(others))
 
 

@@ -1,13 +1,16 @@
 import dataclasses
 from collections.abc import Callable
 
+import jax
 import pytest
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.runtime import use_multi_output_fusion
 
-# What train.py and infer.py compile with, the tests do: before any of them starts jax.
+# Before any test starts jax: what train.py and infer.py compile with, and devices for a mesh. They are not set in the
+# environment, so that a process a test starts has one device, as a laptop has.
 use_multi_output_fusion()
+jax.config.update("jax_num_cpu_devices", 8)
 
 TINY = ModelConfig(
     vocabulary=48,

@@ -24,6 +24,7 @@ import train
 from dsv3_jax.command_line import parse_train, run_main
 from dsv3_jax.config import from_json
 from dsv3_jax.data.tokenizer import train_tokenizer
+from dsv3_jax.layout import mesh_of
 from dsv3_jax.model.functional import skeleton_of
 from dsv3_jax.training.checkpoint import complete_steps, open_checkpoint, restore_part
 from dsv3_jax.training.loop import LoopResult
@@ -116,6 +117,12 @@ def stopped(uninterrupted, options, start, tmp_path_factory) -> Path:
     (step,) = complete_steps(workdir / "checkpoints")
     assert step < STEPS // 2 and not (workdir / "summary.json").exists()
     return workdir
+
+
+@pytest.fixture(autouse=True)
+def one_device_here(monkeypatch):
+    """Runs in this process use one of its devices, as those in processes of their own have one."""
+    monkeypatch.setattr(train, "mesh_of", lambda config, skeleton: mesh_of(config, skeleton, jax.devices()[:1]))
 
 
 def _in_process(options: list[str], capsys) -> tuple[int, list[str]]:

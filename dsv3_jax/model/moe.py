@@ -12,7 +12,7 @@ from dsv3_jax.kernels.grouped_matmul import grouped_matmul
 from dsv3_jax.model.layers import FeedForward, parameter, swiglu, whole
 from dsv3_jax.model.router import Router, balance_loss, expert_load
 from sharding.collectives import spread
-from sharding.dispatch import through_experts
+from sharding.dispatch import Routes, through_experts
 from sharding.rules import TENSOR_AXES
 
 
@@ -93,8 +93,13 @@ class MixtureOfExperts(nnx.Module):
             x_BSD.reshape(-1, model.width),
             weights_NK,
             routing.experts_NK,
-            model.experts,
-            model.dispatch_factor,
+            Routes(
+                model.experts,
+                model.expert_groups,
+                model.groups_per_token,
+                model.dispatch_factor,
+                model.dispatch_once_a_node,
+            ),
         )
         out_BSD = out_ND.reshape(x_BSD.shape)
         if model.shared_experts:

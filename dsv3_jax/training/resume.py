@@ -23,6 +23,7 @@ FREE_ON_RESUME = frozenset(
         "training.microbatches",
         "model.remat",
         "model.dispatch_factor",
+        "model.dispatch_once_a_node",
         "mesh.data",
         "mesh.fsdp",
         "mesh.node",
@@ -46,6 +47,7 @@ FREE_ON_INIT = frozenset(
         "model.precision",
         "model.remat",
         "model.dispatch_factor",
+        "model.dispatch_once_a_node",
     }
 )
 """Model fields that may change when a run starts from another's parameters: none changes an array or what it means."""
