@@ -180,10 +180,11 @@ def _temporary_bytes(mesh, factor: float, once_a_node: bool) -> int:
 
 
 def test_memory_follows_the_balanced_load_not_what_routing_could_come_to(mesh_with):
-    """Room for the worst routing would be twice as much on eight devices as on four; it is, where it is asked for."""
-    four, eight = (_temporary_bytes(mesh_with(expert=devices), 2.0, True) for devices in (4, 8))
-    assert eight < 1.05 * four
-    assert _temporary_bytes(mesh_with(expert=8), 8.0, True) > 2 * eight
+    """Room for the worst routing is four times as much on eight devices as on two, and is taken where asked for."""
+    two, eight, worst = (
+        _temporary_bytes(mesh_with(expert=devices), factor, True) for devices, factor in ((2, 2.0), (8, 2.0), (8, 8.0))
+    )
+    assert eight < 1.25 * two and worst > 2.5 * eight
 
 
 def test_memory_of_two_levels_does_not_grow_with_the_devices_either(mesh_with):
