@@ -67,6 +67,20 @@ def gathered(shard: Array, dim: int, axes: Sequence[str], dtype: jnp.dtype) -> A
     return _gathered(shard, dim, axes, dtype) if axes else shard.astype(dtype)
 
 
+def looked_up(table: Array, indices: Array, axes: Sequence[str]) -> Array:
+    """Rows of a table [W, D] that is held in pieces along D: [.., D] for indices [..].
+
+    Every device looks its piece up for all, then all send each other what they found: the table itself, which is larger
+    than what is asked of it, stays where it is, and so does its gradient.
+    """
+    axes = present(axes)
+    if not axes:
+        return table[indices]
+    everyones = jax.lax.all_gather(indices, axes, axis=0)
+    pieces = jax.lax.all_to_all(table[everyones], axes, split_axis=0, concat_axis=0)
+    return jnp.moveaxis(pieces, 0, -2).reshape(*indices.shape, -1)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _gathered(shard: Array, dim: int, axes: tuple[str, ...], dtype: jnp.dtype) -> Array:
     # One axis at a time and untiled: XLA:TPU makes an all-reduce, twice the traffic, of a tiled gather over several.

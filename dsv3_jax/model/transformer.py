@@ -25,8 +25,8 @@ from dsv3_jax.model.layers import RMSNorm, RouterBias, contract, parameter, scan
 from dsv3_jax.model.moe import MixtureOfExperts, RouterStatistics
 from dsv3_jax.model.mtp import MultiTokenPrediction
 from dsv3_jax.model.rope import rotation
-from sharding.collectives import axis_index, axis_size, summed
-from sharding.rules import TENSOR_AXES
+from sharding.collectives import axis_index, axis_size, looked_up, summed
+from sharding.rules import TENSOR_AXES, mesh_axes
 
 
 class Transformer(nnx.Module):
@@ -148,13 +148,15 @@ class Transformer(nnx.Module):
 
     def embed(self, tokens_BS: Array) -> Array:
         """The residual stream's first value, [B, S, D]."""
-        table_WD = whole(self.embedding, jnp.dtype(self.model.precision))
+        dtype, table_WD = jnp.dtype(self.model.precision), self.embedding[...]
+        stored_axes = mesh_axes("width")
         if axis_size(TENSOR_AXES) == 1:
-            return table_WD[tokens_BS]
+            return looked_up(table_WD, tokens_BS, stored_axes).astype(dtype)
         # This device's part of the vocabulary; every token is in one of them.
         row_BS = tokens_BS - axis_index(TENSOR_AXES) * table_WD.shape[0]
+        found_BSD = looked_up(table_WD, jnp.clip(row_BS, 0, table_WD.shape[0] - 1), stored_axes)
         mine_BS1 = ((row_BS >= 0) & (row_BS < table_WD.shape[0]))[..., None]
-        return summed(jnp.where(mine_BS1, table_WD[row_BS], 0), TENSOR_AXES)
+        return summed(jnp.where(mine_BS1, found_BSD, 0), TENSOR_AXES).astype(dtype)
 
     def logits(self, hidden_BSD: Array) -> Array:
         """Head on normed hidden states: float32 [B, S, W]."""

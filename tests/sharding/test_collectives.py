@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from sharding.collectives import axis_index, axis_size, gathered, largest, present, spread, summed, variation
+from sharding.collectives import axis_index, axis_size, gathered, largest, looked_up, present, spread, summed, variation
 from sharding.mesh import on_mesh
 
 
@@ -44,6 +44,26 @@ def test_pieces_travel_in_the_compute_type_and_gradients_are_summed_in_that_of_t
 
     gradient = _run(of_device, mesh, PartitionSpec("fsdp"), PartitionSpec("fsdp"), jnp.ones(16))
     np.testing.assert_array_equal(gradient, np.full(16, 1 + 7 / 256, np.float32))
+
+
+def test_rows_of_a_table_in_pieces_are_its_rows_and_their_gradient_is_the_tables(mesh_with):
+    mesh, axes = mesh_with(fsdp=2, expert=4), ("fsdp", "expert")
+    random = np.random.default_rng(0)
+    table = jnp.asarray(random.normal(size=(5, 24)), jnp.float32)
+    indices = random.integers(0, 5, (16, 3))
+    cotangent = jnp.asarray(random.normal(size=(16, 3, 24)), jnp.float32)
+
+    def of_device(table, indices, cotangent):
+        found, transpose = jax.vjp(lambda table: looked_up(table, indices, axes), table)
+        return found, transpose(cotangent)[0]
+
+    by_device, by_column = PartitionSpec(axes), PartitionSpec(None, axes)
+    specs = (by_column, by_device, by_device), (by_device, by_column)
+    found, gradient = _run(of_device, mesh, *specs, table, indices, cotangent)
+    np.testing.assert_array_equal(found, np.asarray(table)[indices])
+    expected = np.zeros((5, 24))
+    np.add.at(expected, indices, np.asarray(cotangent))
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_gradient_of_a_spread_value_is_the_sum_of_the_devices_own(mesh_with):

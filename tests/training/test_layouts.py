@@ -1,0 +1,143 @@
+"""Training on meshes of eight devices is training on one, to float32's rounding, with the collectives it needs."""
+
+import collections
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from configs.tiny import config as tiny
+from dsv3_jax.config import Config
+from dsv3_jax.layout import mesh_of
+from dsv3_jax.model.functional import skeleton_of
+from dsv3_jax.training.losses import Batch
+from dsv3_jax.training.state import TrainState, abstract_state, initial_state
+from dsv3_jax.training.step import StepMetrics, make_train_step
+from sharding.mesh import place_rows
+
+MODEL = dataclasses.replace(
+    tiny.model, vocabulary=64, width=32, layers=3, dense_layers=1, dense_ffn_width=48, heads=4, query_latent=16,
+    key_value_latent=16, nope_head_dim=8, rope_head_dim=4, value_head_dim=8, experts=16, experts_per_token=4,
+    expert_ffn_width=16, expert_groups=4, groups_per_token=2, mtp_depth=1, initializer_std=0.2, dispatch_factor=1.0,
+    remat="block",
+)  # fmt: skip
+ROWS, SEQUENCE, STEPS = 8, 16, 10
+CONFIG = dataclasses.replace(
+    tiny,
+    model=MODEL,
+    data=dataclasses.replace(tiny.data, isolate_documents=True),
+    training=dataclasses.replace(
+        tiny.training, tokens=2 * STEPS * ROWS * SEQUENCE, batch_size=ROWS, sequence_length=SEQUENCE
+    ),
+    # An update is not a gradient's sign: where a gradient is next to nothing, so is what rounding makes of it.
+    optimizer=dataclasses.replace(tiny.optimizer, learning_rate=1e-2, warmup_steps=2, epsilon=1e-3),
+    loss=dataclasses.replace(tiny.loss, balance_weight=0.1),
+)
+SKELETON = skeleton_of(MODEL)
+TOLERANCE = 1e-5
+
+LAYOUTS: dict[str, dict[str, int]] = {
+    "data 8": {"data": 8},
+    "fsdp 8": {"fsdp": 8},
+    "expert 8": {"expert": 8},
+    "node 2, expert 4": {"node": 2, "expert": 4},
+    "tensor 4, data 2": {"tensor": 4, "data": 2},
+    "fsdp 2, expert 4": {"fsdp": 2, "expert": 4},
+    "data 2, fsdp 2, expert 2": {"data": 2, "fsdp": 2, "expert": 2},
+    "fsdp 2, expert 2, tensor 2": {"fsdp": 2, "expert": 2, "tensor": 2},
+}
+every_layout = pytest.mark.parametrize("name", LAYOUTS)
+
+
+class Trained(NamedTuple):
+    mesh: Mesh
+    compiled: Any
+    metrics: list[StepMetrics]
+    first: TrainState
+    """After one step: the first moment is a tenth of the clipped gradient."""
+    last: TrainState
+
+
+def _batches() -> list[Batch]:
+    """Documents of several lengths, one row that is half padding, one that is nothing else."""
+    random = np.random.default_rng(0)
+    places = np.broadcast_to(np.arange(SEQUENCE + 1, dtype=np.int32), (ROWS, SEQUENCE + 1))
+    segments = np.ones_like(places)
+    segments[1, 8:], segments[2, 5:], segments[5] = 0, 2, 0
+    return [
+        Batch(random.integers(0, MODEL.vocabulary, places.shape).astype(np.int32), segments, places.copy())
+        for _ in range(STEPS)
+    ]
+
+
+def _config(sizes: dict[str, int], microbatches: int = 1) -> Config:
+    return dataclasses.replace(
+        CONFIG,
+        mesh=dataclasses.replace(CONFIG.mesh, **{"data": 1, **sizes}),
+        training=dataclasses.replace(CONFIG.training, microbatches=microbatches),
+    )
+
+
+@functools.cache
+def _trained(*sizes: tuple[str, int], microbatches: int = 1) -> Trained:
+    config = _config(dict(sizes), microbatches)
+    devices = jax.devices()[: int(np.prod([size for _, size in sizes], dtype=int))]
+    mesh = mesh_of(config, SKELETON, devices)
+    state, batches = initial_state(config, SKELETON, mesh), _batches()
+    lowered = make_train_step(config, SKELETON, mesh).lower(
+        abstract_state(config, SKELETON, mesh), place_rows(batches[0], mesh)
+    )
+    compiled = lowered.compile(compiler_options={"xla_backend_optimization_level": 0})
+    metrics, first = [], None
+    for batch in batches:
+        state, of_step = compiled(state, place_rows(batch, mesh))
+        metrics.append(jax.device_get(of_step))
+        first = first or jax.device_get(state)
+    return Trained(mesh, compiled, metrics, first, state)
+
+
+def _assert_close(found: Any, wanted: Any) -> None:
+    """Within TOLERANCE of each array's largest element."""
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(wanted))
+    for (path, one), other in zip(leaves, jax.tree.leaves(jax.device_get(found)), strict=True):
+        bound = TOLERANCE * np.abs(one).max() if np.size(one) else 0
+        np.testing.assert_allclose(other, one, rtol=0, atol=bound, err_msg=jax.tree_util.keystr(path))
+
+
+@every_layout
+def test_ten_steps_are_those_of_one_device(name):
+    alone, found = _trained(), _trained(*LAYOUTS[name].items())
+    for one, other in zip(alone.metrics, found.metrics, strict=True):
+        _assert_close(other.losses, one.losses)
+        _assert_close(other.gradient_norm, one.gradient_norm)
+        for load, expected in zip(other.loads, one.loads, strict=True):
+            np.testing.assert_array_equal(load, expected)
+        assert other.dropped == 0 and other.finite
+    _assert_close(found.first.optimizer, alone.first.optimizer)
+    assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(found.first.router_bias)) > 0
+    for state, expected in ((found.first, alone.first), (found.last, alone.last)):
+        _assert_close(state.parameters, expected.parameters)
+        _assert_close(state.router_bias, expected.router_bias)
+
+
+def test_microbatches_on_a_mesh_are_those_of_one_device():
+    alone, found = _trained(), _trained(("fsdp", 2), ("expert", 2), microbatches=2)
+    for one, other in zip(alone.metrics, found.metrics, strict=True):
+        _assert_close(other.losses, one.losses)
+    _assert_close(found.last.parameters, alone.last.parameters)
+
+
+@every_layout
+def test_copies_of_a_piece_are_the_same_bits_on_every_device(name):
+    copies = 0
+    for leaf in jax.tree.leaves(_trained(*LAYOUTS[name].items()).last):
+        pieces = collections.defaultdict(list)
+        for shard in leaf.addressable_shards:
+            pieces[str(shard.index)].append(np.asarray(shard.data).tobytes())
+        assert all(len(set(bits)) == 1 for bits in pieces.values())
+        copies += sum(len(bits) - 1 for bits in pieces.values())
+    assert copies > 0
