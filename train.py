@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import jax
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
@@ -22,7 +23,7 @@ from dsv3_jax.config import Config, ConfigError
 from dsv3_jax.data.corpus import Corpus, open_corpus
 from dsv3_jax.data.pipeline import training_batches, validation_batches
 from dsv3_jax.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer, training_texts
-from dsv3_jax.layout import mesh_of
+from dsv3_jax.layout import describe, mesh_of
 from dsv3_jax.model.functional import Skeleton, skeleton_of
 from dsv3_jax.training.checkpoint import Checkpoints, SavedModel, complete_steps, open_checkpoint, restore_part
 from dsv3_jax.training.evaluation import Evaluation, make_evaluate
@@ -41,6 +42,9 @@ from sharding.mesh import place_rows, row_shards
 def main() -> None:
     arguments = parse_train(sys.argv[1:])
     set_up_compiler()
+    if arguments.describe:
+        print(describe(arguments.config, skeleton_of(arguments.config.model), jax.device_count()))
+        return
     with catch_signals() as interrupted:
         train(arguments, interrupted)
 
@@ -52,13 +56,13 @@ def train(arguments: TrainArguments, interrupted: Callable[[], bool]) -> None:
         refuse_other_run(saved, config, workdir)
         if repeat_report(workdir):
             return
+    skeleton = skeleton_of(config.model)
+    mesh = mesh_of(config, skeleton)
     corpus = open_corpus(config.data)
     documents = f"{len(corpus.train)} documents to train on, {len(corpus.validation)} held out"
     note(f"corpus {config.data.path}: {documents}")
     source = open_source(arguments)
     tokenizer = given_tokenizer(arguments, source)
-    skeleton = skeleton_of(config.model)
-    mesh = mesh_of(config, skeleton)
     # Compiling needs only the config: it goes on in the background while tokenizer, parameters and data get ready.
     train_step = ThreadPoolExecutor(1).submit(compile_train_step, config, skeleton, mesh)
     tokenizer = tokenizer or new_tokenizer(config, corpus)

@@ -1,6 +1,6 @@
 """The command line of train.py, and how errors end a program.
 
-    python train.py --config=NAME [--workdir=DIR] [--init=DIR] [--section.field=value ...]
+    python train.py --config=NAME [--workdir=DIR] [--init=DIR] [--describe] [--section.field=value ...]
 
 tyro makes the options, their types and the help text from the dataclasses; this file pairs options with values first,
 so that every mistake becomes one line.
@@ -28,7 +28,7 @@ from dsv3_jax.config import Config, check
 from dsv3_jax.errors import ArgumentError, UserError
 from sharding.mesh import LayoutError
 
-USAGE = "python train.py --config=NAME [--workdir=DIR] [--init=DIR] [--section.field=value ...]"
+USAGE = "python train.py --config=NAME [--workdir=DIR] [--init=DIR] [--describe] [--section.field=value ...]"
 MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -43,6 +43,8 @@ class TrainArguments:
     """Folder of the run: config.json, metrics, checkpoints, plots, summary.json."""
     init: Path | None
     """Start from the parameters of this workdir or checkpoint."""
+    describe: bool
+    """Print where every parameter lives on the mesh, and train nothing."""
 
 
 def parse_train(argv: Sequence[str]) -> TrainArguments:
@@ -57,12 +59,14 @@ def parse_train(argv: Sequence[str]) -> TrainArguments:
     """
     if wants_help := any(argument in ("-h", "--help") for argument in argv):
         argv = [argument for argument in argv if argument not in ("-h", "--help")]
-    given = dict(option_pairs(argv))
+    given = dict(option_pairs(argv, flags=("describe",)))
+    if "describe" in given:
+        given["describe"] = given["describe"] or "True"
     if "config" not in given and wants_help:
         print(_general_help())
         raise SystemExit(0)
     name = given.get("config")
-    defaults = TrainArguments(load_config(name), name or "", Path("runs") / (name or ""), None)
+    defaults = TrainArguments(load_config(name), name or "", Path("runs") / (name or ""), None, describe=False)
     types = _field_types(TrainArguments)
     for option in given:
         if option not in types:

@@ -58,6 +58,11 @@ def spread_like(value: Array, *others: Array) -> Array:
     return spread(value, [axis for other in others for axis in variation(other)])
 
 
+def spread_alike(*values: Array) -> tuple[Array, ...]:
+    """All of them `spread` over every axis that one of them varies along: a custom gradient cannot add up by itself."""
+    return tuple(spread_like(value, *values) for value in values)
+
+
 def gathered(shard: Array, dim: int, axes: Sequence[str], dtype: jnp.dtype) -> Array:
     """The whole of an array that is held in pieces along `dim`, cast to `dtype`.
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 # Slow links outside, fast ones inside: neighbours along the last axis are neighbours on the wires.
 AXES = ("data", "fsdp", "node", "expert", "context", "tensor")
@@ -92,7 +92,7 @@ def row_spec(mesh: Mesh) -> PartitionSpec:
     return PartitionSpec(tuple(axis for axis in ROW_AXES if axis in mesh.axis_names) or None)
 
 
-def row_shards(mesh: Mesh) -> int:
+def row_shards(mesh: Mesh | AbstractMesh) -> int:
     return int(np.prod([mesh.shape.get(axis, 1) for axis in ROW_AXES], dtype=int))
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from sharding.mesh import LayoutError
 
@@ -80,7 +80,7 @@ def partition_specs(logical_axes: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda axes: partition_spec(axes, mesh), logical_axes, is_leaf=_is_axes)
 
 
-def check_layout(shapes: Any, logical_axes: Any, mesh: Mesh) -> None:
+def check_layout(shapes: Any, logical_axes: Any, mesh: Mesh | AbstractMesh) -> None:
     """Refuse a mesh that the parameters cannot be divided over.
 
     Args:
@@ -103,7 +103,7 @@ def check_layout(shapes: Any, logical_axes: Any, mesh: Mesh) -> None:
             parts = math.prod(mesh.shape[axis] for axis in used)
             if size % parts:
                 product = " * ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in used)
-                works = [count for count in range(1, mesh.size + 1) if size % count == 0 and mesh.size % count == 0]
+                works = [count for count in range(1, min(size, 2 * parts) + 1) if size % count == 0]
                 raise LayoutError(
                     f"parameter {name}: {product} must divide its {logical_axis!r} of {size}; their product may be "
                     f"{', '.join(map(str, works))}"

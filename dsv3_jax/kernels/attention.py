@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from sharding.collectives import spread_alike
+
 # Query rows are taken in at most this many blocks, each against no more keys than causality allows: up to half of the
 # products and of the softmax are never computed. The count is bounded because the blocks are unrolled.
 QUERY_BLOCKS = 8
@@ -26,7 +28,8 @@ def causal_attention(
     Returns:
         [B, S, H, V] in the type of the values. Logits and softmax are float32.
     """
-    query_BHSd, key_BHSd, value_BHSV = (x.swapaxes(1, 2) for x in (query_BSHd, key_BSHd, value_BSHV))
+    inputs = spread_alike(query_BSHd, key_BSHd, value_BSHV)
+    query_BHSd, key_BHSd, value_BHSV = (x.swapaxes(1, 2) for x in inputs)
     return _causal(query_BHSd, key_BHSd, value_BHSV, segment_ids_BS, scale).swapaxes(1, 2)
 
 

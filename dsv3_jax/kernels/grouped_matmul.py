@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sharding.collectives import spread_like
+from sharding.collectives import spread_alike, spread_like
 
 # Up to so many rows a CPU is faster with a matrix copied for every row than with a loop.
 FEW_ROWS = 8
@@ -16,7 +16,6 @@ FEW_ROWS = 8
 # saved for the backward pass are the arguments themselves, which a scan over layers does not have to copy.
 
 
-@jax.custom_vjp
 def grouped_matmul(rows_MD: Array, weights_EDF: Array, group_sizes_E: Array) -> Array:
     """rows of group e times weights[e].
 
@@ -29,6 +28,11 @@ def grouped_matmul(rows_MD: Array, weights_EDF: Array, group_sizes_E: Array) -> 
         [M, F] in the type of the rows, accumulated in float32. Differentiable in rows and weights; an empty group's
         weight gradient is 0.
     """
+    return _grouped_matmul(*spread_alike(rows_MD, weights_EDF), group_sizes_E)
+
+
+@jax.custom_vjp
+def _grouped_matmul(rows_MD: Array, weights_EDF: Array, group_sizes_E: Array) -> Array:
     # XLA:CPU lowers ragged_dot to a product of every row with every group's matrix; elsewhere it is a real kernel.
     product_MF = jax.lax.platform_dependent(
         rows_MD, _flat(weights_EDF), group_sizes_E, cpu=_blocked_product, default=_ragged_product
@@ -37,7 +41,7 @@ def grouped_matmul(rows_MD: Array, weights_EDF: Array, group_sizes_E: Array) -> 
 
 
 def _forward(rows_MD, weights_EDF, group_sizes_E):
-    return grouped_matmul(rows_MD, weights_EDF, group_sizes_E), (rows_MD, weights_EDF, group_sizes_E)
+    return _grouped_matmul(rows_MD, weights_EDF, group_sizes_E), (rows_MD, weights_EDF, group_sizes_E)
 
 
 def _backward(saved, gradient_MF):
@@ -53,7 +57,7 @@ def _backward(saved, gradient_MF):
     return gradient_rows_MD, gradient_weights_EDF.reshape(weights_EDF.shape), None
 
 
-grouped_matmul.defvjp(_forward, _backward)
+_grouped_matmul.defvjp(_forward, _backward)
 
 
 def _flat(weights_EDF: Array) -> Array:

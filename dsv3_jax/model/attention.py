@@ -10,9 +10,11 @@ from jax import Array
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.kernels.attention import absorbed_attention, causal_attention
+from dsv3_jax.kernels.context_attention import context_attention
 from dsv3_jax.model.layers import RMSNorm, contract, parameter, whole
 from dsv3_jax.model.rope import Rotation, rotate, softmax_scale
-from sharding.collectives import summed
+from sharding.collectives import axis_size, summed
+from sharding.context import CONTEXT_AXES, context_whole
 from sharding.rules import TENSOR_AXES
 
 
@@ -48,13 +50,20 @@ class MultiHeadLatentAttention(nnx.Module):
         nope, rank = self.model.nope_head_dim, self.model.key_value_latent
         query_BSHd = jnp.concatenate(self._queries(x_BSD, by), axis=-1)
         latent_BSX = self.latent(x_BSD, by)
+        # Of other devices' positions the latents are fetched, a seventieth of the keys and values they expand to in V3.
+        latent_BTX = context_whole(latent_BSX)
         # Split, not sliced: the gradient of a split is one concatenation, of two slices two paddings and a sum.
-        latent_BSC, key_rope_BSR = jnp.split(latent_BSX, [rank], axis=-1)
-        key_value_BSHd = self._contract("bsc,chd->bshd", latent_BSC, self.key_value_up)
-        key_nope_BSHP, value_BSHV = jnp.split(key_value_BSHd, [nope], axis=-1)
-        key_rope_BSHR = jnp.broadcast_to(key_rope_BSR[:, :, None], (*query_BSHd.shape[:3], self.model.rope_head_dim))
-        key_BSHd = jnp.concatenate([key_nope_BSHP, key_rope_BSHR], axis=-1)
-        mixed_BSHV = causal_attention(query_BSHd, key_BSHd, value_BSHV, softmax_scale(self.model), segment_ids_BS)
+        latent_BTC, key_rope_BTR = jnp.split(latent_BTX, [rank], axis=-1)
+        key_value_BTHd = self._contract("bsc,chd->bshd", latent_BTC, self.key_value_up)
+        key_nope_BTHP, value_BTHV = jnp.split(key_value_BTHd, [nope], axis=-1)
+        key_rope_BTHR = jnp.broadcast_to(key_rope_BTR[:, :, None], (*key_nope_BTHP.shape[:3], self.model.rope_head_dim))
+        key_BTHd = jnp.concatenate([key_nope_BTHP, key_rope_BTHR], axis=-1)
+        scale = softmax_scale(self.model)
+        if axis_size(CONTEXT_AXES) == 1:
+            mixed_BSHV = causal_attention(query_BSHd, key_BTHd, value_BTHV, scale, segment_ids_BS)
+        else:
+            segment_ids = None if segment_ids_BS is None else (segment_ids_BS, context_whole(segment_ids_BS))
+            mixed_BSHV = context_attention(query_BSHd, key_BTHd, value_BTHV, scale, segment_ids)
         return self._output(mixed_BSHV), latent_BSX
 
     def decode(self, x_BSD: Array, by: Rotation, cache_BTX: Array, positions_BS: Array) -> Array:

@@ -12,6 +12,8 @@ from jax import Array
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.layers import RouterBias, contract, parameter, whole
+from sharding.collectives import summed
+from sharding.context import CONTEXT_AXES
 
 
 class Routing(NamedTuple):
@@ -79,8 +81,9 @@ def balance_loss(routing: Routing, valid_BS: Array, model: ModelConfig) -> Array
     rows, sequence = valid_BS.shape
     scores_BSE = routing.scores_NE.reshape(rows, sequence, model.experts)
     chosen_BSE = (routing.experts_NK[:, :, None] == jnp.arange(model.experts)).any(axis=1).reshape(scores_BSE.shape)
-    length_B1 = jnp.maximum(valid_BS.sum(axis=1, keepdims=True), 1)
-    share_BE = jnp.sum(chosen_BSE & valid_BS[..., None], axis=1) * (
+    # Of a row divided over devices, the share is of all its positions, the probability this device's part of the sum.
+    length_B1 = jnp.maximum(summed(valid_BS.sum(axis=1, keepdims=True), CONTEXT_AXES), 1)
+    share_BE = summed(jnp.sum(chosen_BSE & valid_BS[..., None], axis=1), CONTEXT_AXES) * (
         model.experts / (model.experts_per_token * length_B1)
     )
     normalized_BSE = scores_BSE / (scores_BSE.sum(axis=-1, keepdims=True) + 1e-20)

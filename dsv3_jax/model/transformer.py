@@ -26,6 +26,7 @@ from dsv3_jax.model.moe import MixtureOfExperts, RouterStatistics
 from dsv3_jax.model.mtp import MultiTokenPrediction
 from dsv3_jax.model.rope import rotation
 from sharding.collectives import axis_index, axis_size, looked_up, summed
+from sharding.context import CONTEXT_AXES, context_part
 from sharding.rules import TENSOR_AXES, mesh_axes
 
 
@@ -177,5 +178,7 @@ class Transformer(nnx.Module):
 
 
 def _positions(rows: Array, positions_BS: Array | None) -> Array:
-    """int32 positions [B or 1, S], counting from 0 unless given."""
-    return jnp.arange(rows.shape[1], dtype=jnp.int32)[None] if positions_BS is None else positions_BS
+    """int32 positions [B or 1, S], counting from 0 unless given; this device's, where rows are divided over several."""
+    if positions_BS is not None:
+        return positions_BS
+    return context_part(jnp.arange(rows.shape[1] * axis_size(CONTEXT_AXES), dtype=jnp.int32)[None])

@@ -17,6 +17,7 @@ from dsv3_jax.training.schedules import loss_weights
 from dsv3_jax.training.state import TrainState
 from dsv3_jax.training.step import accumulated_gradients
 from sharding.collectives import largest, variation
+from sharding.context import context_part
 from sharding.mesh import on_mesh, row_spec
 
 
@@ -63,15 +64,16 @@ def _tensors(
 def _finite_blocks(state: TrainState, batch: Batch, config: Config, skeleton: Skeleton) -> Array:
     """bool [L + 1]: whether the residual stream is finite after the embedding and after each block."""
     model = put_together(skeleton, state.parameters, state.router_bias)
-    segment_ids_BS = batch.segment_ids[:, :-1] if config.data.isolate_documents else None
-    present_BS = batch.segment_ids[:, :-1] > 0
-    by = rotation(config.model, batch.positions[:, :-1])
+    tokens_BS, segment_ids_BS, positions_BS = (context_part(rows[:, :-1]) for rows in batch)
+    present_BS = segment_ids_BS > 0
+    isolated_BS = segment_ids_BS if config.data.isolate_documents else None
+    by = rotation(config.model, positions_BS)
 
     def body(block, x_BSD: Array, _):
-        x_BSD, _, _ = block(x_BSD, by, segment_ids_BS, present_BS)
+        x_BSD, _, _ = block(x_BSD, by, isolated_BS, present_BS)
         return x_BSD, _all_finite(x_BSD)
 
-    x_BSD = model.embed(batch.tokens[:, :-1])
+    x_BSD = model.embed(tokens_BS)
     finite = [_all_finite(x_BSD)[None]]
     for blocks in model.stacks():
         x_BSD, of_blocks = scan_stack(blocks, body, x_BSD)

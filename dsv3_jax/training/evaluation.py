@@ -13,9 +13,10 @@ from dsv3_jax.config import Config
 from dsv3_jax.model.functional import Skeleton, Tree, parameter_specs, put_together
 from dsv3_jax.model.layers import whole
 from dsv3_jax.training.cross_entropy import cross_entropy
-from dsv3_jax.training.losses import Batch, targets
+from dsv3_jax.training.losses import Batch, Targets, targets
 from sharding.collectives import summed
-from sharding.mesh import ROW_AXES, TOKEN_AXES, on_mesh, row_spec
+from sharding.context import context_part
+from sharding.mesh import TOKEN_AXES, on_mesh, row_spec
 
 
 class Evaluation(NamedTuple):
@@ -39,16 +40,17 @@ def make_evaluate(config: Config, skeleton: Skeleton, mesh: Mesh) -> Callable[[T
 
     def summed_loss(parameters: Tree, router_bias: Tree, batch: Batch) -> tuple[Array, Array]:
         model = put_together(skeleton, parameters, router_bias)
-        ahead = targets(batch, mtp_depth=0)
-        segment_ids_BS = batch.segment_ids[:, :-1] if config.data.isolate_documents else None
-        hidden_BSD, _ = model.hidden_states(batch.tokens[:, :-1], batch.positions[:, :-1], segment_ids_BS)
+        ahead = Targets(*map(context_part, targets(batch, mtp_depth=0)))
+        tokens_BS, segment_ids_BS, positions_BS = (context_part(rows[:, :-1]) for rows in batch)
+        isolated_BS = segment_ids_BS if config.data.isolate_documents else None
+        hidden_BSD, _ = model.hidden_states(tokens_BS, positions_BS, isolated_BS)
         loss = cross_entropy(
             model.norm(hidden_BSD).reshape(-1, config.model.width),
             whole(model.head, jnp.dtype(config.model.precision)),
             ahead.following.reshape(-1),
             ahead.counted.reshape(-1),
         )
-        return summed(loss, TOKEN_AXES), summed(ahead.counted.sum(), ROW_AXES)
+        return summed(loss, TOKEN_AXES), summed(ahead.counted.sum(), TOKEN_AXES)
 
     specs = (*parameter_specs(skeleton, mesh), row_spec(mesh))
     compiled = jax.jit(on_mesh(summed_loss, mesh, specs, PartitionSpec()))

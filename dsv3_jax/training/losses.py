@@ -9,6 +9,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.layers import whole
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.training.cross_entropy import cross_entropy
+from sharding.context import context_part
 
 
 class Batch(NamedTuple):
@@ -77,10 +78,10 @@ def loss_counts(batch: Batch, mtp_depth: int) -> LossCounts:
 def loss_sums(model: Transformer, batch: Batch, *, isolate_documents: bool) -> tuple[Losses, list[Array]]:
     """Sums of every loss over the batch, and the load [.., E] of every router in the order of `router_biases`."""
     config = model.model
-    ahead = targets(batch, config.mtp_depth)
-    tokens_BS, positions_BS = batch.tokens[:, :-1], batch.positions[:, :-1]
-    present_BS = batch.segment_ids[:, :-1] > 0
-    segment_ids_BS = batch.segment_ids[:, :-1] if isolate_documents else None
+    ahead = Targets(*map(context_part, targets(batch, config.mtp_depth)))
+    tokens_BS, document_BS, positions_BS = (context_part(rows[:, :-1]) for rows in batch)
+    present_BS = document_BS > 0
+    segment_ids_BS = document_BS if isolate_documents else None
     hidden_BSD, of_blocks = model.hidden_states(tokens_BS, positions_BS, segment_ids_BS, present_BS)
     states, of_modules = model.mtp_states(
         hidden_BSD, ahead.following[..., :-1], positions_BS, segment_ids_BS, ahead.counted[..., 1:]

@@ -52,7 +52,7 @@ def test_a_dim_that_does_not_divide_is_refused_with_the_sizes_that_would(mesh_wi
             {"block": {"output": np.zeros((12, 4, 8))}}, {"block": {"output": ("heads", "value_dim", "width")}}, mesh
         )
     assert str(caught.value) == (
-        "parameter block.output: mesh.tensor=8 must divide its 'heads' of 12; their product may be 1, 2, 4"
+        "parameter block.output: mesh.tensor=8 must divide its 'heads' of 12; their product may be 1, 2, 3, 4, 6, 12"
     )
 
 

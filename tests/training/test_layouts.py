@@ -16,9 +16,9 @@ from dsv3_jax.layout import mesh_of
 from dsv3_jax.model.functional import skeleton_of
 from dsv3_jax.plan.hlo import collectives
 from dsv3_jax.training.losses import Batch
-from dsv3_jax.training.state import TrainState, abstract_state, initial_state
+from dsv3_jax.training.state import TrainState, abstract_state, initial_state, state_specs
 from dsv3_jax.training.step import StepMetrics, make_train_step
-from sharding.mesh import place_rows
+from sharding.mesh import one_device, place_rows, shardings
 
 MODEL = dataclasses.replace(
     tiny.model, vocabulary=64, width=32, layers=3, dense_layers=1, dense_ffn_width=48, heads=4, query_latent=16,
@@ -46,8 +46,10 @@ LAYOUTS: dict[str, dict[str, int]] = {
     "expert 8": {"expert": 8},
     "node 2, expert 4": {"node": 2, "expert": 4},
     "tensor 4, data 2": {"tensor": 4, "data": 2},
+    "context 4, data 2": {"context": 4, "data": 2},
     "data 2, fsdp 2, expert 2": {"data": 2, "fsdp": 2, "expert": 2},
     "fsdp 2, expert 2, tensor 2": {"fsdp": 2, "expert": 2, "tensor": 2},
+    "expert 2, context 2, tensor 2": {"expert": 2, "context": 2, "tensor": 2},
 }
 every_layout = pytest.mark.parametrize("name", LAYOUTS)
 
@@ -83,12 +85,18 @@ def _config(sizes: dict[str, int], microbatches: int = 1, remat: str = "none") -
 
 
 @functools.cache
+def _start() -> TrainState:
+    return jax.device_get(initial_state(CONFIG, skeleton_of(MODEL), one_device()))
+
+
+@functools.cache
 def _trained(*sizes: tuple[str, int], microbatches: int = 1, remat: str = "none") -> Trained:
     config = _config(dict(sizes), microbatches, remat)
     skeleton = skeleton_of(config.model)
     devices = jax.devices()[: int(np.prod([size for _, size in sizes], dtype=int))]
     mesh = mesh_of(config, skeleton, devices)
-    state, batches = initial_state(config, skeleton, mesh), _batches()
+    batches, placed = _batches(), shardings(mesh, state_specs(config, skeleton, mesh))
+    state = jax.device_put(_start(), placed)
     lowered = make_train_step(config, skeleton, mesh).lower(
         abstract_state(config, skeleton, mesh), place_rows(batches[0], mesh)
     )
@@ -107,6 +115,13 @@ def _assert_close(found: Any, wanted: Any) -> None:
     for (path, one), other in zip(leaves, jax.tree.leaves(jax.device_get(found)), strict=True):
         bound = TOLERANCE * np.abs(one).max() if np.size(one) else 0
         np.testing.assert_allclose(other, one, rtol=0, atol=bound, err_msg=jax.tree_util.keystr(path))
+
+
+def test_a_run_starts_from_the_same_bits_on_every_layout():
+    config, skeleton = _config({"fsdp": 2, "expert": 2, "tensor": 2}), skeleton_of(MODEL)
+    found = initial_state(config, skeleton, mesh_of(config, skeleton))
+    for one, other in zip(jax.tree.leaves(_start()), jax.tree.leaves(found), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 @every_layout
@@ -144,12 +159,12 @@ def test_copies_of_a_piece_are_the_same_bits_on_every_device(name):
     assert copies > 0
 
 
-# What a layout needs, and how often the program has it. Of 30 matrices, 29 are gathered where they are stored in pieces,
-# and their gradients scattered; the four of experts have no pieces along the expert axes. The embedding is looked up:
-# one gather of what is asked and one all-to-all of what is found, twice, and the way back. A dispatch, of which the
-# program has two, gathers the lengths of its queues and agrees on rounds and buckets; it ships rows, weights and answers
-# forward, and backward rows, weights and gradients, then the gradients of rows and weights. Along tensor, halves of a
-# layer are added up forward and their inputs' gradients backward, and the cross entropy's maximum, sum and label.
+# What a layout needs, and how often the program has it. Of 30 matrices, 29 are gathered where they are stored in
+# pieces, and their gradients scattered; the four of experts have no pieces along the expert axes. The embedding is
+# looked up: one gather of what is asked and one all-to-all of what is found, twice, and the way back. A dispatch, of
+# which the program has two, gathers the lengths of its queues and agrees on rounds and buckets; it ships rows, weights
+# and answers forward, and backward rows, weights and gradients, then the gradients of rows and weights. Along tensor,
+# parts of a layer are added up forward, their inputs' gradients backward, and the maximum, sum and label of a softmax.
 COLLECTIVES: dict[str, dict[tuple[str, tuple[str, ...]], int]] = {
     "data 8": {("all-reduce", ("data",)): 2},
     "fsdp 8": {
