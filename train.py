@@ -11,7 +11,6 @@ if __name__ == "__main__":
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -21,22 +20,23 @@ from tokenizers import Tokenizer
 from dsv3_jax.command_line import TrainArguments, parse_train, run_main
 from dsv3_jax.config import Config, ConfigError
 from dsv3_jax.data.corpus import Corpus, open_corpus
-from dsv3_jax.data.pipeline import training_batches, validation_batches
+from dsv3_jax.data.pipeline import TrainingBatches, validation_batches
 from dsv3_jax.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer, training_texts
 from dsv3_jax.layout import describe, mesh_of
 from dsv3_jax.model.functional import Skeleton, skeleton_of
+from dsv3_jax.processes import is_first_process, join_processes
 from dsv3_jax.training.checkpoint import Checkpoints, SavedModel, complete_steps, open_checkpoint, restore_part
 from dsv3_jax.training.evaluation import Evaluation, make_evaluate
 from dsv3_jax.training.flops import measured_matmul_rate
 from dsv3_jax.training.interruption import catch_signals
 from dsv3_jax.training.loop import Surroundings, run_steps
-from dsv3_jax.training.metrics import MetricsLog
+from dsv3_jax.training.metrics import MetricsLog, NoLog
 from dsv3_jax.training.progress import Progress, note
 from dsv3_jax.training.report import Run, repeat_report, write_report
 from dsv3_jax.training.resume import read_config, refuse_other_model, refuse_other_run, write_config
 from dsv3_jax.training.state import TrainState, abstract_state, initial_state
 from dsv3_jax.training.step import compile_train_step
-from sharding.mesh import place_rows, row_shards
+from sharding.mesh import row_shards, rows_here
 
 
 def main() -> None:
@@ -45,6 +45,7 @@ def main() -> None:
     if arguments.describe:
         print(describe(arguments.config, skeleton_of(arguments.config.model), jax.device_count()))
         return
+    join_processes(arguments.process, arguments.config)
     with catch_signals() as interrupted:
         train(arguments, interrupted)
 
@@ -66,11 +67,12 @@ def train(arguments: TrainArguments, interrupted: Callable[[], bool]) -> None:
     # Compiling needs only the config: it goes on in the background while tokenizer, parameters and data get ready.
     train_step = ThreadPoolExecutor(1).submit(compile_train_step, config, skeleton, mesh)
     tokenizer = tokenizer or new_tokenizer(config, corpus)
-    placed = partial(place_rows, mesh=mesh)
-    batches = iter(training_batches(corpus.train, tokenizer, config).map(placed))
+    batches = TrainingBatches(corpus.train, tokenizer, config, streams_here(config, mesh))
     # From here on the workdir is this run's: whatever could be refused has been.
-    write_config(workdir, config)
-    save_tokenizer(tokenizer, kept_tokenizer(workdir))
+    first = is_first_process()
+    if first:
+        write_config(workdir, config)
+        save_tokenizer(tokenizer, kept_tokenizer(workdir))
 
     checkpoints = Checkpoints(workdir / "checkpoints", config, tokenizer.to_str())
     state, data_state = first_state(config, skeleton, mesh, checkpoints, source)
@@ -80,15 +82,17 @@ def train(arguments: TrainArguments, interrupted: Callable[[], bool]) -> None:
 
     def validate(state: TrainState) -> Evaluation:
         held_out = validation_batches(corpus.validation, tokenizer, config)
-        return evaluate(state.parameters, state.router_bias, map(placed, held_out))
+        return evaluate(state.parameters, state.router_bias, held_out)
 
     step = int(state.step)
     note("compiling the training step; the next run finds it in the cache")
-    log, progress = MetricsLog(workdir, step), Progress(config.training.steps, step)
+    log = MetricsLog(workdir, step) if first else NoLog()
+    progress = Progress(config.training.steps, step, silent=not first)
     try:
         compiled_step = train_step.result()
         rate = measured_matmul_rate(config.model, tokens_at_once(config, mesh)) * mesh.size
-        around = Surroundings(batches, checkpoints, log, progress, validate, interrupted, rate, mesh)
+        rows = config.training.batch_size
+        around = Surroundings(batches, checkpoints, log, progress, validate, interrupted, rate, rows, mesh)
         result = run_steps(state, compiled_step, config, skeleton, around)
         if not result.finished:
             progress.message(f"stopped at step {int(result.state.step)}; the same command goes on from there")
@@ -96,7 +100,9 @@ def train(arguments: TrainArguments, interrupted: Callable[[], bool]) -> None:
     finally:
         for resource in (progress, log, batches, checkpoints):
             resource.close()
-    write_report(Run(config, workdir, corpus, tokenizer, skeleton), result, validate(result.state), rate)
+    evaluation = validate(result.state)
+    if first:
+        write_report(Run(config, workdir, corpus, tokenizer, skeleton), result, evaluation, rate)
 
 
 def open_source(arguments: TrainArguments) -> SavedModel | None:
@@ -145,6 +151,12 @@ def first_state(
         parts = {"parameters": state.parameters, "router_bias": state.router_bias}
         state = state._replace(**restore_part(source.directory, parts))
     return state, None
+
+
+def streams_here(config: Config, mesh: Mesh) -> list[int]:
+    """Streams of documents that fill the rows of this process's devices."""
+    rows_a_stream = config.training.batch_size // config.data.streams
+    return sorted({row // rows_a_stream for row in rows_here(config.training.batch_size, mesh)})
 
 
 def tokens_at_once(config: Config, mesh: Mesh) -> int:

@@ -15,6 +15,7 @@ import io
 import os
 import pkgutil
 import sys
+import traceback
 import typing
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ import tyro
 import configs
 from dsv3_jax.config import Config, check
 from dsv3_jax.errors import ArgumentError, UserError
+from dsv3_jax.processes import ProcessArguments, end_process, leave_processes, several_processes
 from sharding.mesh import LayoutError
 
 USAGE = "python train.py --config=NAME [--workdir=DIR] [--init=DIR] [--describe] [--section.field=value ...]"
@@ -43,6 +45,7 @@ class TrainArguments:
     """Folder of the run: config.json, metrics, checkpoints, plots, summary.json."""
     init: Path | None
     """Start from the parameters of this workdir or checkpoint."""
+    process: ProcessArguments
     describe: bool
     """Print where every parameter lives on the mesh, and train nothing."""
 
@@ -66,7 +69,9 @@ def parse_train(argv: Sequence[str]) -> TrainArguments:
         print(_general_help())
         raise SystemExit(0)
     name = given.get("config")
-    defaults = TrainArguments(load_config(name), name or "", Path("runs") / (name or ""), None, describe=False)
+    defaults = TrainArguments(
+        load_config(name), name or "", Path("runs") / (name or ""), None, ProcessArguments(), describe=False
+    )
     types = _field_types(TrainArguments)
     for option in given:
         if option not in types:
@@ -112,16 +117,27 @@ def run_main(function: Callable[[], None]) -> NoReturn:
         sys.exit(1)
     except OSError as error:
         if error.errno not in MACHINE_ERRORS:
+            _end_where_others_wait()
             raise
         _exit(str(error), 1)
     except KeyboardInterrupt:
         _exit("interrupted", 130)
+    except Exception:
+        _end_where_others_wait()
+        raise
+    leave_processes()
     sys.exit(0)
+
+
+def _end_where_others_wait() -> None:
+    if several_processes():
+        traceback.print_exc()
+        end_process(1)
 
 
 def _exit(message: str, code: int) -> NoReturn:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(code)
+    end_process(code)
 
 
 def option_pairs(argv: Sequence[str], flags: Collection[str] = ()) -> list[tuple[str, str | None]]:

@@ -136,6 +136,9 @@ class DataConfig:
     """Share of documents held out, chosen by a hash of their name."""
     fill_in_the_middle_rate: float = 0.1
     """Share of documents rewritten prefix-suffix-middle (V3 section 4.1)."""
+    streams: int = 1
+    """Streams that the documents are dealt out to, each filling an equal share of every batch: a process reads those of
+    its own rows only. What is in a batch depends on their number, not on that of the processes."""
     isolate_documents: bool = False
     """Mask attention across document boundaries in a row and restart positions there; V3 pre-training does not."""
 
@@ -293,6 +296,12 @@ def check(config: Config) -> None:
         _between(f"data.{name}", getattr(data, name), 0.0, 1.0)
     if data.validation_share == 0.0:
         raise ConfigError("data.validation_share=0.0 must be above 0: a run ends with a validation")
+    _at_least("data.streams", data.streams, 1)
+    if training.batch_size % data.streams:
+        raise ConfigError(
+            f"data.streams={data.streams} must divide training.batch_size={training.batch_size}; "
+            f"these do: {divisors(training.batch_size)}"
+        )
     if not data.path:
         raise ConfigError("data.path='' is empty: give 'stdlib', or a file, folder or glob")
     if not optimizer.learning_rate > 0:

@@ -96,10 +96,25 @@ def row_shards(mesh: Mesh | AbstractMesh) -> int:
     return int(np.prod([mesh.shape.get(axis, 1) for axis in ROW_AXES], dtype=int))
 
 
-def place_rows(rows: Any, mesh: Mesh) -> Any:
-    """Host arrays [rows of this process, ..], any tree of them, as arrays of all processes divided over ROW_AXES."""
-    sharding = NamedSharding(mesh, row_spec(mesh))
-    return jax.tree.map(lambda array: jax.make_array_from_process_local_data(sharding, array), rows)
+def place_rows(blocks: Mapping[int, np.ndarray], rows: int, mesh: Mesh) -> jax.Array:
+    """An array of `rows` rows divided over ROW_AXES, from the blocks this process has, by their first row.
+
+    They must hold every row of this process's devices (`rows_here`); there may be more.
+    """
+    shape = (rows, *next(iter(blocks.values())).shape[1:])
+
+    def of_device(index: Any) -> np.ndarray:
+        start, stop, _ = index[0].indices(rows)
+        parts = [block[max(start - first, 0) : max(stop - first, 0)] for first, block in sorted(blocks.items())]
+        return np.concatenate(parts)
+
+    return jax.make_array_from_callback(shape, NamedSharding(mesh, row_spec(mesh)), of_device)
+
+
+def rows_here(rows: int, mesh: Mesh) -> set[int]:
+    """Of so many rows divided over ROW_AXES, those that this process's devices hold."""
+    indices = NamedSharding(mesh, row_spec(mesh)).addressable_devices_indices_map((rows,))
+    return {row for index in indices.values() if index for row in range(*index[0].indices(rows))}
 
 
 def shardings(mesh: Mesh, specs: PartitionSpecs) -> Any:

@@ -1,6 +1,6 @@
 """Documents in, batches out: shuffle, fill in the middle, tokenise, pack, shuffle the rows.
 
-A batch is a dict of int32 arrays [batch_size, sequence_length + 1]:
+A batch is a dict of int32 arrays [batch_size, sequence_length + 1], in training of the rows that a process needs:
     tokens        inputs are [:, :-1] and labels [:, 1:]
     segment_ids   the document a token belongs to, counted from 1 in its row (all 1 unless data.isolate_documents);
                   0 is padding
@@ -8,8 +8,9 @@ A batch is a dict of int32 arrays [batch_size, sequence_length + 1]:
 Every document stands as [beginning] text [end] in the stream.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
+from typing import Any
 
 import grain
 import numpy as np
@@ -21,6 +22,9 @@ from dsv3_jax.data.fill_in_the_middle import cut_for_fill_in_the_middle
 from dsv3_jax.data.packing import PackedRows, overlapping_rows, segments_and_positions
 from dsv3_jax.data.tokenizer import SpecialTokens, encode, special_tokens
 
+RowBlocks = dict[int, np.ndarray]
+"""Some rows of a batch: arrays [rows, sequence_length + 1] by the number of their first row."""
+
 # Documents tokenised ahead of the training step, in a thread: the tokenizers library releases the interpreter lock.
 READ_AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=64)
 
@@ -29,25 +33,57 @@ READ_AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=64)
 ROWS_SHUFFLED = 1024
 
 
-def training_batches(source: DocumentSource, tokenizer: Tokenizer, config: Config) -> grain.IterDataset:
-    """Endless batches of shuffled rows; `config.seed` decides everything.
+class TrainingBatches(Iterator[dict[str, RowBlocks]]):
+    """Endless batches of shuffled rows; `config.seed` and `data.streams` decide everything.
 
-    The iterator's `get_state()` fits JSON and counts only what has been consumed: a new iterator given it by
-    `set_state` continues token for token. `close()` ends its thread. Raises what `training_rows` raises.
+    Of each batch the rows of some of the streams, as blocks by their first row. `get_state()` fits JSON and counts only
+    what has been consumed: another iterator that `set_state` gives it continues token for token. `close()` ends its
+    threads.
+
+    Raises:
+        DataError, ConfigError: as `training_rows`.
     """
-    end = special_tokens(tokenizer).end
 
-    def batch(tokens_BS: np.ndarray) -> dict[str, np.ndarray]:
-        segment_ids_BS, positions_BS = segments_and_positions(tokens_BS, end, config.data.isolate_documents)
-        return {"tokens": tokens_BS, "segment_ids": segment_ids_BS, "positions": positions_BS}
+    def __init__(
+        self, source: DocumentSource, tokenizer: Tokenizer, config: Config, streams: Iterable[int] | None = None
+    ):
+        self._end, self._isolate = special_tokens(tokenizer).end, config.data.isolate_documents
+        self._rows = config.training.batch_size // config.data.streams
+        streams = range(config.data.streams) if streams is None else streams
+        self._streams = {stream: iter(_shuffled_rows(source, tokenizer, config, stream)) for stream in streams}
 
-    rows = training_rows(source, tokenizer, config)
+    def __next__(self) -> dict[str, RowBlocks]:
+        batch: dict[str, RowBlocks] = {"tokens": {}, "segment_ids": {}, "positions": {}}
+        for stream, rows in self._streams.items():
+            tokens_BS, first = next(rows), stream * self._rows
+            batch["tokens"][first] = tokens_BS
+            batch["segment_ids"][first], batch["positions"][first] = segments_and_positions(
+                tokens_BS, self._end, self._isolate
+            )
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        return {str(stream): rows.get_state() for stream, rows in self._streams.items()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """`state` may hold more streams than these."""
+        for stream, rows in self._streams.items():
+            rows.set_state(state[str(stream)])
+
+    def close(self) -> None:
+        for rows in self._streams.values():
+            rows.close()
+
+
+def _shuffled_rows(source: DocumentSource, tokenizer: Tokenizer, config: Config, stream: int) -> grain.IterDataset:
+    """Arrays [batch_size / streams, sequence_length + 1]: one stream's rows of each batch."""
+    rows = training_rows(source, tokenizer, config, stream)
     shuffled = grain.experimental.WindowShuffleIterDataset(rows, window_size=ROWS_SHUFFLED, seed=config.seed)
-    return shuffled.batch(config.training.batch_size).map(batch)
+    return shuffled.batch(config.training.batch_size // config.data.streams)
 
 
-def training_rows(source: DocumentSource, tokenizer: Tokenizer, config: Config) -> grain.IterDataset:
-    """Endless rows [sequence_length + 1] cut from the documents, which are reshuffled and cut anew every epoch.
+def training_rows(source: DocumentSource, tokenizer: Tokenizer, config: Config, stream: int = 0) -> grain.IterDataset:
+    """Endless rows [sequence_length + 1] cut from one stream's documents, reshuffled and cut anew every epoch.
 
     Raises:
         DataError: the tokenizer has no end-of-text token.
@@ -63,9 +99,12 @@ def training_rows(source: DocumentSource, tokenizer: Tokenizer, config: Config) 
         return training_tokens(document.text, tokenizer, special, rate, random)
 
     documents = grain.MapDataset.source(source).seed(config.seed).shuffle()
-    # Processes that read for themselves each take a slice of the shuffled documents here.
-    stream = documents.repeat().random_map(tokenise).to_iter_dataset(READ_AHEAD)
-    return PackedRows(stream, config.training.sequence_length + 1)
+    if config.data.streams > 1:
+        documents = documents[stream :: config.data.streams]
+    if not len(documents):
+        raise ConfigError(f"data.streams={config.data.streams} is more than there are documents, {len(source)}")
+    tokenised = documents.repeat().random_map(tokenise).to_iter_dataset(READ_AHEAD)
+    return PackedRows(tokenised, config.training.sequence_length + 1)
 
 
 def validation_batches(source: DocumentSource, tokenizer: Tokenizer, config: Config) -> Iterator[dict[str, np.ndarray]]:

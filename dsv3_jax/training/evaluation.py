@@ -16,7 +16,7 @@ from dsv3_jax.training.cross_entropy import cross_entropy
 from dsv3_jax.training.losses import Batch, Targets, targets
 from sharding.collectives import summed
 from sharding.context import context_part
-from sharding.mesh import TOKEN_AXES, on_mesh, row_spec
+from sharding.mesh import TOKEN_AXES, on_mesh, place_rows, row_spec
 
 
 class Evaluation(NamedTuple):
@@ -56,7 +56,10 @@ def make_evaluate(config: Config, skeleton: Skeleton, mesh: Mesh) -> Callable[[T
     compiled = jax.jit(on_mesh(summed_loss, mesh, specs, PartitionSpec()))
 
     def evaluate(parameters: Tree, router_bias: Tree, batches: Iterable[dict]) -> Evaluation:
-        sums = [compiled(parameters, router_bias, Batch(**batch)) for batch in batches]
+        def placed(batch: dict) -> Batch:
+            return Batch(**{name: place_rows({0: rows}, len(rows), mesh) for name, rows in batch.items()})
+
+        sums = [compiled(parameters, router_bias, placed(batch)) for batch in batches]
         return Evaluation(sum(float(nats) for nats, _ in sums), sum(int(tokens) for _, tokens in sums))
 
     return evaluate

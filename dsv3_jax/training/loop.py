@@ -1,17 +1,19 @@
 """The loop around the training step: data in, metrics out, checkpoints, validation, a clean stop."""
 
+import json
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import grain
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from dsv3_jax.config import Config
+from dsv3_jax.data.pipeline import TrainingBatches
 from dsv3_jax.errors import UserError
 from dsv3_jax.model.functional import Skeleton
+from dsv3_jax.processes import everyones_text, on_any_process
 from dsv3_jax.training.checkpoint import Checkpoints
 from dsv3_jax.training.diagnosis import first_bad_tensor
 from dsv3_jax.training.evaluation import Evaluation
@@ -21,6 +23,7 @@ from dsv3_jax.training.metrics import Metric, MetricsLog
 from dsv3_jax.training.progress import Progress
 from dsv3_jax.training.state import TrainState
 from dsv3_jax.training.step import StepMetrics, TrainStep
+from sharding.mesh import place_rows
 
 
 class NotFiniteError(UserError):
@@ -42,16 +45,22 @@ class LoopResult(NamedTuple):
 class Surroundings(NamedTuple):
     """What the loop talks to."""
 
-    batches: grain.DatasetIterator[dict[str, jax.Array]]
-    """Placed on the mesh."""
+    batches: TrainingBatches
     checkpoints: Checkpoints
     log: MetricsLog
     progress: Progress
     validate: Callable[[TrainState], Evaluation]
     interrupted: Callable[[], bool]
     matmul_rate: float
-    """FLOP/s of this machine, the denominator of the utilisation."""
+    """FLOP/s of all devices, the denominator of the utilisation."""
+    rows: int
+    """Of a batch."""
     mesh: Mesh
+
+    def batch(self) -> Batch:
+        """The next one, on its devices."""
+        rows = {name: place_rows(blocks, self.rows, self.mesh) for name, blocks in next(self.batches).items()}
+        return Batch(**rows)
 
 
 def run_steps(
@@ -65,19 +74,19 @@ def run_steps(
     """
     training, meter = config.training, Meter(config, around.matmul_rate)
     first, finished, load_history = int(state.step), True, []
-    following = Batch(**next(around.batches))
+    following = around.batch()
     for step in range(first + 1, training.steps + 1):
         batch, data_state = following, around.batches.get_state()
         state, metrics = train_step(state, batch)
         # The step runs in the background: the next batch is made meanwhile.
-        following = Batch(**next(around.batches))
+        following = around.batch()
         if not metrics.finite:
             raise NotFiniteError(
                 f"step {step} is not finite: {first_bad_tensor(state, batch, config, skeleton, around.mesh)}; "
                 "nothing of it was kept; a lower optimizer.learning_rate often helps"
             )
         meter.step_done()
-        last, stop = step == training.steps, around.interrupted()
+        last, stop = step == training.steps, on_any_process(around.interrupted())
         if step % training.log_interval == 0 or last:
             values = meter.read(metrics)
             around.log.log(step, values)
@@ -89,12 +98,18 @@ def run_steps(
         around.checkpoints.check()
         if step % config.checkpoint.interval == 0 or last or stop:
             with meter.paused():
-                around.checkpoints.save(step, state, data_state)
+                around.checkpoints.save(step, state, everyones_state(data_state))
         if stop and not last:
             finished = False
             break
     around.checkpoints.wait()
     return LoopResult(state, finished, meter.seconds, meter.tokens, load_history)
+
+
+def everyones_state(data_state: dict[str, Any]) -> dict[str, Any]:
+    """The data position of all processes' streams. All call this at the same step."""
+    states = [json.loads(text) for text in everyones_text(json.dumps(data_state))]
+    return {stream: state for of_process in states for stream, state in of_process.items()}
 
 
 class Meter:

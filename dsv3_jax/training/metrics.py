@@ -49,6 +49,19 @@ class MetricsLog:
         self._events.close()
 
 
+class NoLog(MetricsLog):
+    """Of a process that leaves the writing to another."""
+
+    def __init__(self) -> None:
+        pass
+
+    def log(self, step: int, values: Mapping[str, Metric]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl, [] where there is no file. A last line cut off by a crash is left out."""
     if not path.exists():

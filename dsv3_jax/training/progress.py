@@ -7,20 +7,23 @@ from typing import Any
 
 from tqdm import tqdm
 
+from dsv3_jax.processes import is_first_process
+
 PLAIN_INTERVAL = 15.0
 """Seconds between lines where stderr is not a terminal."""
 
 
 def note(text: str) -> None:
-    """One line on stderr, before there is a bar: what the program is busy with."""
-    print(text, file=sys.stderr, flush=True)
+    """One line on stderr, before there is a bar: what the program is busy with. One process speaks for all."""
+    if is_first_process():
+        print(text, file=sys.stderr, flush=True)
 
 
 class Progress:
     """Steps done, loss, tokens a second and time left, on stderr."""
 
-    def __init__(self, steps: int, resume_step: int):
-        self._steps, self._start = steps, resume_step
+    def __init__(self, steps: int, resume_step: int, *, silent: bool = False):
+        self._steps, self._start, self._silent = steps, resume_step, silent
         self._began, self._shown = time.monotonic(), -PLAIN_INTERVAL
         self._bar = tqdm(
             total=steps,
@@ -29,7 +32,7 @@ class Progress:
             dynamic_ncols=True,
             mininterval=0,
             miniters=1,
-            disable=not sys.stderr.isatty(),
+            disable=silent or not sys.stderr.isatty(),
             bar_format="{n_fmt}/{total_fmt} {bar} {percentage:3.0f}%  {desc}{elapsed} < {remaining}",
         )
 
@@ -38,12 +41,13 @@ class Progress:
         text = f"loss {metrics['loss']:.4f}  {metrics['tokens_per_second']:,.0f} tokens/s  "
         self._bar.set_description_str(text, refresh=False)
         self._bar.update(step - self._bar.n)
-        if self._bar.disable:
+        if self._bar.disable and not self._silent:
             self._show_line(step, text)
 
     def message(self, text: str) -> None:
         """One line on stderr that leaves the bar whole."""
-        self._bar.write(text, file=sys.stderr)
+        if not self._silent:
+            self._bar.write(text, file=sys.stderr)
 
     def close(self) -> None:
         self._bar.close()

@@ -44,7 +44,7 @@ def write_report(run: Run, result: LoopResult, evaluation: Evaluation, matmul_ra
         write_expert_load(result.load_history, run.workdir / "expert_load.png")
     print_summary(run.workdir, summary)
     prompt = held_out_prompt(run.corpus)
-    if run.config.training.sample_tokens:
+    if run.config.training.sample_tokens and jax.process_count() == 1:
         print_sample(sample(run, result.state, prompt))
     print_next_command(run.workdir, prompt)
     # Last: a workdir with a summary has had its whole report.

@@ -84,7 +84,7 @@ def refuse_other_run(saved: Config, current: Config, workdir: Path) -> None:
     Raises:
         OtherRunError: names the first field that differs and is not in FREE_ON_RESUME, and both values.
     """
-    for name, before, now in _differences(saved, current):
+    for name, before, now in differences(saved, current):
         if name not in FREE_ON_RESUME:
             raise OtherRunError(
                 f"{name}: the run in {workdir} has {before!r}, this command {now!r}; use the same value to resume it, "
@@ -98,14 +98,14 @@ def refuse_other_model(saved: Config, current: Config, source: Path) -> None:
     Raises:
         OtherRunError: names the first model field that differs and is not in FREE_ON_INIT, and both values.
     """
-    for name, before, now in _differences(saved, current):
+    for name, before, now in differences(saved, current):
         if name.startswith("model.") and name not in FREE_ON_INIT:
             raise OtherRunError(
                 f"{name}: the model in {source} has {before!r}, this run {now!r}; --init needs one value"
             )
 
 
-def _differences(saved: Config, current: Config) -> list[tuple[str, Any, Any]]:
+def differences(saved: Config, current: Config) -> list[tuple[str, Any, Any]]:
     """Dotted names of the fields that differ, in the order of the configuration, with both values."""
     before, now = _fields(saved), _fields(current)
     return [(name, before[name], now[name]) for name in now if before[name] != now[name]]

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 from dsv3_jax.config import Config, ConfigError
 from dsv3_jax.data import pipeline
 from dsv3_jax.data.documents import Document
-from dsv3_jax.data.pipeline import training_batches, training_rows, validation_batches, validation_bytes
+from dsv3_jax.data.pipeline import RowBlocks, TrainingBatches, training_rows, validation_batches, validation_bytes
 from dsv3_jax.data.tokenizer import encode, train_tokenizer
 
 MakeConfig = Callable[..., Config]
@@ -16,10 +16,14 @@ BEGINNING, END, PADDING, FIM_BEGIN = 0, 1, 2, 3
 
 
 def take(source: list[Document], tokenizer: Tokenizer, config: Config, count: int) -> list[dict[str, np.ndarray]]:
-    iterator = iter(training_batches(source, tokenizer, config))
-    batches = [next(iterator) for _ in range(count)]
+    iterator = TrainingBatches(source, tokenizer, config)
+    batches = [whole(next(iterator)) for _ in range(count)]
     iterator.close()
     return batches
+
+
+def whole(batch: dict[str, RowBlocks]) -> dict[str, np.ndarray]:
+    return {name: np.concatenate([blocks[first] for first in sorted(blocks)]) for name, blocks in batch.items()}
 
 
 def stream_of(source: list[Document], tokenizer: Tokenizer, config: Config, count: int) -> list[int]:
@@ -99,17 +103,17 @@ def test_resumes_token_for_token(
     # States fall inside and between windows of shuffled rows, whose starts fall inside documents and between them.
     monkeypatch.setattr(pipeline, "ROWS_SHUFFLED", 14)
     config = make_config(2, 50, fill_in_the_middle_rate=0.3, isolate_documents=isolate)
-    iterator = iter(training_batches(documents, tokenizer, config))
+    iterator = TrainingBatches(documents, tokenizer, config)
     states, batches = [], []
     for _ in range(60):
         states.append(json.dumps(iterator.get_state()).encode())
-        batches.append(next(iterator))
+        batches.append(whole(next(iterator)))
     iterator.close()
     for position in (0, 1, 6, 7, 8, 20, 33, 47, 58):
-        resumed = iter(training_batches(documents, tokenizer, config))
+        resumed = TrainingBatches(documents, tokenizer, config)
         resumed.set_state(json.loads(states[position]))
         for expected in batches[position:]:
-            found = next(resumed)
+            found = whole(next(resumed))
             for name in ("tokens", "segment_ids", "positions"):
                 np.testing.assert_array_equal(found[name], expected[name])
         resumed.close()
@@ -154,7 +158,7 @@ def test_fill_in_the_middle_needs_its_tokens(make_config: MakeConfig) -> None:
     foreign = Tokenizer(models.BPE())
     foreign.add_special_tokens([AddedToken("</s>", special=True)])
     with pytest.raises(ConfigError, match="data.fill_in_the_middle_rate=0.1 needs fill-in-the-middle tokens"):
-        training_batches([Document("a", "b")], foreign, make_config(1, 4, fill_in_the_middle_rate=0.1))
+        TrainingBatches([Document("a", "b")], foreign, make_config(1, 4, fill_in_the_middle_rate=0.1))
 
 
 @pytest.mark.parametrize("isolate", [False, True])

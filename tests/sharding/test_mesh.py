@@ -5,7 +5,17 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from sharding.mesh import AXES, LayoutError, axis_sizes, make_mesh, on_mesh, one_device, place_rows, row_shards
+from sharding.mesh import (
+    AXES,
+    LayoutError,
+    axis_sizes,
+    make_mesh,
+    on_mesh,
+    one_device,
+    place_rows,
+    row_shards,
+    rows_here,
+)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +60,8 @@ def test_a_mesh_has_the_axes_above_one_the_fast_links_last():
 
 def test_rows_lie_on_the_devices_of_all_row_axes_and_are_copied_along_the_others(mesh_with):
     mesh = mesh_with(fsdp=2, expert=2, tensor=2)
-    rows = place_rows({"tokens": np.arange(8).reshape(4, 2)}, mesh)["tokens"]
+    rows = place_rows({2: np.arange(4, 8).reshape(2, 2), 0: np.arange(4).reshape(2, 2)}, 4, mesh)
+    assert rows_here(4, mesh) == {0, 1, 2, 3}
     assert row_shards(mesh) == 4
     held = {shard.device.id: np.asarray(shard.data).tolist() for shard in rows.addressable_shards}
     assert [held[device.id] for device in mesh.devices.ravel()] == [
@@ -60,7 +71,7 @@ def test_rows_lie_on_the_devices_of_all_row_axes_and_are_copied_along_the_others
 
 def test_a_result_declared_the_same_on_all_devices_is_proved_so_when_traced(mesh_with):
     mesh, specs = mesh_with(data=4), (PartitionSpec("data"), PartitionSpec())
-    rows = place_rows(np.arange(4.0), mesh)
+    rows = place_rows({0: np.arange(4.0)}, 4, mesh)
     total = jax.jit(on_mesh(lambda x: jax.lax.psum(x.sum(), "data"), mesh, *specs))
     assert total(rows) == 6
     with pytest.raises(ValueError, match="could not infer replication"):

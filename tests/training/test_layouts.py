@@ -75,6 +75,10 @@ def _batches() -> list[Batch]:
     ]
 
 
+def _placed(batch: Batch, mesh: Mesh) -> Batch:
+    return Batch(*(place_rows({0: rows}, ROWS, mesh) for rows in batch))
+
+
 def _config(sizes: dict[str, int], microbatches: int = 1, remat: str = "none") -> Config:
     return dataclasses.replace(
         CONFIG,
@@ -98,12 +102,12 @@ def _trained(*sizes: tuple[str, int], microbatches: int = 1, remat: str = "none"
     batches, placed = _batches(), shardings(mesh, state_specs(config, skeleton, mesh))
     state = jax.device_put(_start(), placed)
     lowered = make_train_step(config, skeleton, mesh).lower(
-        abstract_state(config, skeleton, mesh), place_rows(batches[0], mesh)
+        abstract_state(config, skeleton, mesh), _placed(batches[0], mesh)
     )
     compiled = lowered.compile(compiler_options={"xla_backend_optimization_level": 0})
     metrics, first = [], None
     for batch in batches:
-        state, of_step = compiled(state, place_rows(batch, mesh))
+        state, of_step = compiled(state, _placed(batch, mesh))
         metrics.append(jax.device_get(of_step))
         first = first or jax.device_get(state)
     return Trained(mesh, compiled, metrics, first, state)

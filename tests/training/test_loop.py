@@ -186,6 +186,7 @@ def run(monkeypatch) -> Callable[..., LoopResult]:
             finite = batch.tokens != bad
             return state._replace(step=state.step + finite), _metrics(finite)
 
+        monkeypatch.setattr(loop, "place_rows", lambda blocks, *_: blocks)
         monkeypatch.setattr(loop, "first_bad_tensor", lambda *_: "the head has a NaN")
         state = TrainState(np.int32(first), {}, {}, None)
         around = Surroundings(
@@ -196,6 +197,7 @@ def run(monkeypatch) -> Callable[..., LoopResult]:
             lambda _: Evaluation(1.0, 1),
             lambda: done.step >= stop_after,
             1e12,
+            1,
             one_device(),
         )
         return run_steps(state, train_step, config, None, around)
