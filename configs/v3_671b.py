@@ -35,5 +35,5 @@ config = Config(
     ),
     data=DataConfig(),
     training=TrainingConfig(tokens=14_800_000_000_000, sequence_length=4096, batch_size=15360),
-    optimizer=OptimizerConfig(learning_rate=2.2e-4, warmup_steps=2000),
+    optimizer=OptimizerConfig(learning_rate=2.2e-4, warmup_steps=2000, moments="bfloat16"),
 )

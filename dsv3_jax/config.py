@@ -195,6 +195,8 @@ class OptimizerConfig:
     """Decoupled decay of matrices; norm gains are not decayed."""
     clip_norm: float = 1.0
     """Global gradient norm above which gradients are scaled down."""
+    moments: Literal["float32", "bfloat16"] = "float32"
+    """Type that both moments are kept in; they are computed with in float32 (V3 section 3.3.3: bfloat16)."""
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,13 @@ Inside `on_mesh` a function sees its own device's part of everything and talks t
 may name are those of size above 1. On one device there are none, and the same function is simply called.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 # Slow links outside, fast ones inside: neighbours along the last axis are neighbours on the wires.
@@ -27,6 +29,8 @@ ROW_AXES = ("data", "fsdp", "node", "expert")
 """Axes that rows of the batch are divided over."""
 TOKEN_AXES = (*ROW_AXES, "context")
 """Axes along which devices hold different tokens."""
+SLICE_AXES = ("data", "fsdp", "node")
+"""Axes that may cross from one slice of a machine to another, over its data-centre network."""
 
 PartitionSpecs = Any
 
@@ -63,14 +67,35 @@ def axis_sizes(requested: Mapping[str, int], devices: int) -> dict[str, int]:
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of the axes above 1, in the order of AXES; of one device, a mesh without axes."""
+    """A mesh of the axes above 1, in the order of AXES; of one device, a mesh without axes.
+
+    Raises:
+        LayoutError: the outer axes cannot be cut into the slices that the devices are in.
+    """
     devices = jax.devices() if devices is None else devices
     used = {axis: sizes[axis] for axis in AXES if sizes[axis] > 1}
     if not used:
         return Mesh(np.array(devices[0]), ())
-    return jax.make_mesh(
-        tuple(used.values()), tuple(used), axis_types=(AxisType.Auto,) * len(used), devices=tuple(devices)
-    )
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    between = _sizes_between_slices(used, slices)
+    within = [size // outer for size, outer in zip(used.values(), between, strict=True)]
+    if slices > 1:
+        placed = create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
+    else:
+        placed = create_device_mesh(within, devices, allow_split_physical_axes=True)
+    return Mesh(placed, tuple(used), axis_types=(AxisType.Auto,) * len(used))
+
+
+def _sizes_between_slices(sizes: Mapping[str, int], slices: int) -> list[int]:
+    """How often each axis steps from slice to slice of a multi-slice machine: the outer axes first."""
+    between, left = [], slices
+    for axis, size in sizes.items():
+        between.append(math.gcd(size, left) if axis in SLICE_AXES else 1)
+        left //= between[-1]
+    if left > 1:
+        given = ", ".join(f"mesh.{axis}={sizes.get(axis, 1)}" for axis in SLICE_AXES)
+        raise LayoutError(f"{given}: the product of these must be a multiple of the {slices} slices of the machine")
+    return between
 
 
 def one_device() -> Mesh:
