@@ -81,6 +81,8 @@ def parse_train(argv: Sequence[str]) -> TrainArguments:
     for option, value in given.items():
         if value is None:
             raise ArgumentError(f"--{option} needs a value: {_expected(types[option])}")
+        if option in ("workdir", "init") and "://" in value:
+            raise ArgumentError(f"--{option}={value} is no folder: mount the bucket and give where it is mounted")
         _require_readable(option, value, types[option], defaults)
     arguments = _tyro([f"--{option}={value}" for option, value in given.items()], defaults)
     check(arguments.config)

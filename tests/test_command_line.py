@@ -65,6 +65,9 @@ def test_values_of_every_kind():
         (["--config=tiny", "--model.score_function=relu"], ["relu", "one of sigmoid, softmax"]),
         (["--config=tiny", "--data.isolate_documents"], ["--data.isolate_documents needs a value", "True or False"]),
         (["--config=tiny", "--seed", "--workdir=x"], ["--seed needs a value"]),
+        # Made a path, it would be a folder named gs: in the current one, on every worker its own.
+        (["--config=tiny", "--workdir=gs://bucket/run"], ["--workdir=gs://bucket/run is no folder", "mount"]),
+        (["--config=tiny", "--init=gs://bucket/run"], ["--init=gs://bucket/run is no folder", "mount"]),
         (["--config=tiny", "seed=3"], ["'seed=3'", "--name=value"]),
     ],
 )
