@@ -10,7 +10,7 @@
 The first four divide the rows of a batch.
 
 Inside `on_mesh` a function sees its own device's part of everything and talks to the others by collectives; the axes it
-may name are those of size above 1. On one device there are none, and the same function is simply called.
+may name are those of size above 1. On one device there are none, and the same function does without.
 """
 
 import math
@@ -67,7 +67,7 @@ def axis_sizes(requested: Mapping[str, int], devices: int) -> dict[str, int]:
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of the axes above 1, in the order of AXES; of one device, a mesh without axes.
+    """A mesh of the axes above 1, in the order of AXES; of one device, a mesh with an axis that no rule names.
 
     Raises:
         LayoutError: the outer axes cannot be cut into the slices that the devices are in.
@@ -75,7 +75,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     devices = jax.devices() if devices is None else devices
     used = {axis: sizes[axis] for axis in AXES if sizes[axis] > 1}
     if not used:
-        return Mesh(np.array(devices[0]), ())
+        return Mesh(np.array(devices[:1]), ("device",), axis_types=(AxisType.Auto,))
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     between = _sizes_between_slices(used, slices)
     within = [size // outer for size, outer in zip(used.values(), between, strict=True)]
@@ -96,6 +96,15 @@ def _sizes_between_slices(sizes: Mapping[str, int], slices: int) -> list[int]:
         given = ", ".join(f"mesh.{axis}={sizes.get(axis, 1)}" for axis in SLICE_AXES)
         raise LayoutError(f"{given}: the product of these must be a multiple of the {slices} slices of the machine")
     return between
+
+
+def platform() -> str:
+    """ "cpu", "gpu" or "tpu": of the mesh around what is being traced; outside of one, of jax's own devices.
+
+    The two differ when a program is compiled for machines that are not here.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
 
 
 def one_device() -> Mesh:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from sharding.collectives import axis_size, largest, variation
+from sharding.mesh import platform
 
 
 class Shipment(NamedTuple):
@@ -46,22 +47,17 @@ def ship(rows: Array, into: Array, shipment: Shipment, axes: Sequence[str]) -> A
     `rows` [.., trailing dims] and `into` [.., the same trailing dims] may differ in length. Every device calls this.
     """
 
-    def padded(rows, into, shipment):
+    if platform() == "cpu":  # XLA:CPU has no ragged all-to-all
         return _padded(rows, into, shipment, tuple(axes))
-
-    def ragged(rows, into, shipment):
-        return jax.lax.ragged_all_to_all(
-            rows,
-            into,
-            shipment.send_offset,
-            shipment.send_size,
-            shipment.landing_offset,
-            shipment.receive_size,
-            axis_name=tuple(axes),
-        )
-
-    # XLA:CPU has no ragged all-to-all.
-    return jax.lax.platform_dependent(rows, into, shipment, cpu=padded, default=ragged)
+    return jax.lax.ragged_all_to_all(
+        rows,
+        into,
+        shipment.send_offset,
+        shipment.send_size,
+        shipment.landing_offset,
+        shipment.receive_size,
+        axis_name=tuple(axes),
+    )
 
 
 def _padded(rows: Array, into: Array, shipment: Shipment, axes: tuple[str, ...]) -> Array:

@@ -1,16 +1,14 @@
 """Grouped matmul: rows sorted by group, each group times its own matrix. The cost follows the rows, not the groups."""
 
 import math
-from typing import NamedTuple
+from types import ModuleType
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 
-from sharding.collectives import spread_alike, spread_like
-
-# Up to so many rows a CPU is faster with a matrix copied for every row than with a loop.
-FEW_ROWS = 8
+from dsv3_jax.kernels import grouped_matmul_cpu, grouped_matmul_gpu
+from sharding.collectives import spread_alike
+from sharding.mesh import platform
 
 # The two functions that differ by platform are the product and its gradients, under one differentiation rule: what is
 # saved for the backward pass are the arguments themselves, which a scan over layers does not have to copy.
@@ -20,7 +18,7 @@ def grouped_matmul(rows_MD: Array, weights_EDF: Array, group_sizes_E: Array) -> 
     """rows of group e times weights[e].
 
     Args:
-        rows_MD: rows ordered by group; sum(group_sizes) of them.
+        rows_MD: rows ordered by group; those past the sum of the sizes are no rows, and their results mean nothing.
         weights_EDF: one matrix a group, in the type of the rows; in place of F there may be several dims.
         group_sizes_E: int32, any of them 0.
 
@@ -31,12 +29,14 @@ def grouped_matmul(rows_MD: Array, weights_EDF: Array, group_sizes_E: Array) -> 
     return _grouped_matmul(*spread_alike(rows_MD, weights_EDF), group_sizes_E)
 
 
+def _kernels() -> ModuleType:
+    """`product` and `gradients` of the platform that is compiled for."""
+    return grouped_matmul_cpu if platform() == "cpu" else grouped_matmul_gpu
+
+
 @jax.custom_vjp
 def _grouped_matmul(rows_MD: Array, weights_EDF: Array, group_sizes_E: Array) -> Array:
-    # XLA:CPU lowers ragged_dot to a product of every row with every group's matrix; elsewhere it is a real kernel.
-    product_MF = jax.lax.platform_dependent(
-        rows_MD, _flat(weights_EDF), group_sizes_E, cpu=_blocked_product, default=_ragged_product
-    )
+    product_MF = _kernels().product(rows_MD, _flat(weights_EDF), group_sizes_E)
     return product_MF.reshape(rows_MD.shape[0], *weights_EDF.shape[2:])
 
 
@@ -44,17 +44,11 @@ def _forward(rows_MD, weights_EDF, group_sizes_E):
     return _grouped_matmul(rows_MD, weights_EDF, group_sizes_E), (rows_MD, weights_EDF, group_sizes_E)
 
 
-def _backward(saved, gradient_MF):
+def _backward(saved, gradient):
     rows_MD, weights_EDF, group_sizes_E = saved
-    gradient_rows_MD, gradient_weights_EDF = jax.lax.platform_dependent(
-        rows_MD,
-        _flat(weights_EDF),
-        group_sizes_E,
-        gradient_MF.reshape(rows_MD.shape[0], -1),
-        cpu=_blocked_gradients,
-        default=_ragged_gradients,
-    )
-    return gradient_rows_MD, gradient_weights_EDF.reshape(weights_EDF.shape), None
+    gradient_MF = gradient.reshape(rows_MD.shape[0], -1)
+    of_rows_MD, of_weights_EDF = _kernels().gradients(rows_MD, _flat(weights_EDF), group_sizes_E, gradient_MF)
+    return of_rows_MD, of_weights_EDF.reshape(weights_EDF.shape), None
 
 
 _grouped_matmul.defvjp(_forward, _backward)
@@ -62,110 +56,3 @@ _grouped_matmul.defvjp(_forward, _backward)
 
 def _flat(weights_EDF: Array) -> Array:
     return weights_EDF.reshape(*weights_EDF.shape[:2], math.prod(weights_EDF.shape[2:]))
-
-
-def _ragged_product(rows_MD: Array, weights_EDF: Array, group_sizes_E: Array) -> Array:
-    precision = jax.lax.Precision.HIGHEST if rows_MD.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-    return jax.lax.ragged_dot(
-        rows_MD, weights_EDF, group_sizes_E, precision=precision, preferred_element_type=rows_MD.dtype
-    )
-
-
-def _ragged_gradients(rows_MD: Array, weights_EDF: Array, group_sizes_E: Array, gradient_MF: Array):
-    _, backward = jax.vjp(lambda rows, weights: _ragged_product(rows, weights, group_sizes_E), rows_MD, weights_EDF)
-    return backward(gradient_MF)
-
-
-def _blocked_product(rows_MD: Array, weights_EDF: Array, group_sizes_E: Array) -> Array:
-    """Group by group and block by block, one plain matmul each; of few rows, as in decoding, one batched matmul.
-
-    A group's last block writes its whole height: what lies past the group's end is overwritten by the next group. Only
-    a block that would pass the end of the array is shifted back, and keeps the rows already written.
-    """
-    count, groups = rows_MD.shape[0], weights_EDF.shape[0]
-    if count <= FEW_ROWS:
-        group_M = jnp.sum(jnp.cumsum(group_sizes_E) <= jnp.arange(count)[:, None], axis=1)
-        product_MF = jnp.einsum("md,mdf->mf", rows_MD, weights_EDF[group_M], preferred_element_type=jnp.float32)
-        return product_MF.astype(rows_MD.dtype)
-    blocks = _blocks(count, group_sizes_E)
-
-    def body(group, out_MF):
-        weight_DF = jax.lax.dynamic_index_in_dim(weights_EDF, group, keepdims=False)
-        for height, number_E, start_E in blocks:
-
-            def block(index, out_MF, height=height, begin=start_E[group]):
-                start = begin + index * height
-                first = jnp.minimum(start, count - height)
-                product = jax.lax.dynamic_slice_in_dim(rows_MD, first, height) @ weight_DF
-                written = jax.lax.dynamic_slice_in_dim(out_MF, first, height)
-                product = jnp.where((first + jnp.arange(height) >= start)[:, None], product, written)
-                return jax.lax.dynamic_update_slice_in_dim(out_MF, product, first, 0)
-
-            out_MF = jax.lax.fori_loop(0, number_E[group], block, out_MF)
-        return out_MF
-
-    zeros_MF = spread_like(jnp.zeros((count, weights_EDF.shape[2]), rows_MD.dtype), rows_MD, weights_EDF)
-    return jax.lax.fori_loop(0, groups, body, zeros_MF)
-
-
-def _blocked_gradients(rows_MD: Array, weights_EDF: Array, group_sizes_E: Array, gradient_MF: Array):
-    """Block by block, in place: rows and matrices give way to their gradients as soon as they are of no more use.
-
-    Gradients in arrays of their own would cost a pass over memory to zero them first.
-    """
-    count, stop_E = rows_MD.shape[0], jnp.cumsum(group_sizes_E)
-    blocks = _blocks(count, group_sizes_E)
-
-    def body(group, carry):
-        rows_MD, weights_EDF = carry
-        weight_DF = jax.lax.dynamic_index_in_dim(weights_EDF, group, keepdims=False)
-        of_weight_DF = spread_like(jnp.zeros(weight_DF.shape, jnp.float32), rows_MD, gradient_MF)
-        for height, number_E, start_E in blocks:
-
-            def block(index, carry, height=height, begin=start_E[group]):
-                rows_MD, of_weight_DF = carry
-                start = begin + index * height
-                first = jnp.minimum(start, count - height)
-                place = first + jnp.arange(height)
-                mine = ((place >= start) & (place < stop_E[group]))[:, None]
-                rows = jax.lax.dynamic_slice_in_dim(rows_MD, first, height)
-                gradient = jnp.where(mine, jax.lax.dynamic_slice_in_dim(gradient_MF, first, height), 0)
-                of_weight_DF += jnp.matmul(rows.T, gradient, preferred_element_type=jnp.float32)
-                of_rows = jnp.where(mine, gradient @ weight_DF.T, rows)
-                return jax.lax.dynamic_update_slice_in_dim(rows_MD, of_rows, first, 0), of_weight_DF
-
-            rows_MD, of_weight_DF = jax.lax.fori_loop(0, number_E[group], block, (rows_MD, of_weight_DF))
-        of_weight_DF = of_weight_DF.astype(weights_EDF.dtype)
-        return rows_MD, jax.lax.dynamic_update_index_in_dim(weights_EDF, of_weight_DF, group, 0)
-
-    return jax.lax.fori_loop(0, weights_EDF.shape[0], body, (rows_MD, weights_EDF))
-
-
-class _Blocks(NamedTuple):
-    """A group's blocks of one height, one after the other."""
-
-    height: int
-    number_E: Array
-    start_E: Array
-    """Row of each group's first such block."""
-
-
-def _blocks(rows: int, group_sizes_E: Array) -> list[_Blocks]:
-    """Blocks that cover every group, the highest first: a high one is a faster matmul, a low one wastes fewer rows."""
-    heights = _block_heights(rows, group_sizes_E.shape[0])
-    start_E = jnp.cumsum(group_sizes_E) - group_sizes_E
-    left_E = -(-group_sizes_E // heights[-1]) * heights[-1]
-    blocks = []
-    for height in heights:
-        number_E = left_E // height
-        blocks.append(_Blocks(height, number_E, start_E))
-        start_E, left_E = start_E + number_E * height, left_E - number_E * height
-    return blocks
-
-
-def _block_heights(rows: int, groups: int) -> list[int]:
-    """Of the lower blocks, half a one is wasted a group: enough rows for a fast matmul, few enough to waste little."""
-    low = 8
-    while low < 128 and low * groups < rows:
-        low *= 2
-    return [height for height in (4 * low, low) if height <= rows] or [rows]

@@ -61,19 +61,18 @@ def make_train_step(config: Config, skeleton: Skeleton, mesh: Mesh) -> jax.stage
         norm = global_norm(gradients)
         finite = jnp.isfinite(norm) & jnp.isfinite(objective(losses, weights, config.model))
 
-        def moved(state: TrainState) -> TrainState:
-            # A factor, not optax.clip_by_global_norm: that divides, and XLA writes the quotients to memory first.
-            clipped = optax.tree.scale(jnp.minimum(1.0, config.optimizer.clip_norm / norm), gradients)
-            updates, optimizer_state = optimizer.update(clipped, state.optimizer, state.parameters)
-            return TrainState(
-                state.step + 1,
-                optax.apply_updates(state.parameters, updates),
-                update_router_biases(state, loads, bias_speed(state.step, config), skeleton),
-                optimizer_state,
-            )
-
-        # A step that is not finite leaves no trace: the run stops with a state that is still good.
-        state_after = jax.lax.cond(finite, moved, lambda state: state, state)
+        # A factor, not optax.clip_by_global_norm: that divides, and XLA writes the quotients to memory first.
+        clipped = optax.tree.scale(jnp.minimum(1.0, config.optimizer.clip_norm / norm), gradients)
+        updates, optimizer_state = optimizer.update(clipped, state.optimizer, state.parameters)
+        moved = TrainState(
+            state.step + 1,
+            optax.apply_updates(state.parameters, updates),
+            update_router_biases(state, loads, bias_speed(state.step, config), skeleton),
+            optimizer_state,
+        )
+        # A step that is not finite leaves no trace: the run stops with a state that is still good. Chosen number by
+        # number, not by a branch: a branch's result is a second state in memory.
+        state_after = jax.tree.map(lambda after, before: jnp.where(finite, after, before), moved, state)
         rate = learning_rate(state.step, config.optimizer, steps)
         return state_after, StepMetrics(losses, norm, rate, loads, _dropped(loads, batch, config), finite)
 

@@ -55,7 +55,7 @@ def test_a_mesh_has_the_axes_above_one_the_fast_links_last():
     mesh = make_mesh({**dict.fromkeys(AXES, 1), "tensor": 2, "data": 4})
     assert mesh.axis_names == ("data", "tensor") and mesh.devices.shape == (4, 2)
     assert [device.id for device in mesh.devices[0]] == [0, 1]
-    assert one_device().axis_names == () and one_device().size == 1
+    assert one_device().axis_names == ("device",) and one_device().size == 1
 
 
 def test_rows_lie_on_the_devices_of_all_row_axes_and_are_copied_along_the_others(mesh_with):
