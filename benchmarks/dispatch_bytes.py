@@ -28,7 +28,8 @@ from jax.sharding import Mesh, PartitionSpec
 from configs.v3_671b import config as v3_671b
 from dsv3_jax.model.moe import answered
 from dsv3_jax.model.router import choose_experts
-from dsv3_jax.plan.hlo import collectives
+from dsv3_jax.plan.collectives import collectives
+from dsv3_jax.plan.hlo import Program
 from sharding.dispatch import Routes, nodes_per_token, through_experts
 from sharding.mesh import AXES, make_mesh, on_mesh
 
@@ -100,7 +101,7 @@ def compiled_traffic(layer: Layer, routes: Routes, mesh: Mesh, gradient: bool) -
 def sent(hlo: str, mesh: Mesh) -> Traffic:
     """What one device sends in the all-to-alls of a compiled program, each loop run once."""
     between = inside = 0.0
-    for each in collectives(hlo, mesh):
+    for each in collectives(Program(hlo), mesh):
         if each.kind.endswith("all-to-all"):
             nodes = mesh.shape["node"] if "node" in each.axes else 1
             devices = int(np.prod([mesh.shape[axis] for axis in each.axes]))

@@ -14,13 +14,14 @@ import importlib
 import io
 import os
 import pkgutil
+import re
 import sys
 import traceback
 import typing
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import tyro
 
@@ -30,7 +31,7 @@ from dsv3_jax.errors import ArgumentError, UserError
 from dsv3_jax.processes import ProcessArguments, end_process, leave_processes, several_processes
 from sharding.mesh import LayoutError
 
-USAGE = "python train.py --config=NAME [--workdir=DIR] [--init=DIR] [--describe] [--section.field=value ...]"
+A = TypeVar("A", bound=Any)
 MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -60,34 +61,57 @@ def parse_train(argv: Sequence[str]) -> TrainArguments:
         ArgumentError: unknown config or option, missing or unreadable value.
         ConfigError: the values do not make a run.
     """
+    arguments = parse_with_config(
+        argv,
+        "python train.py",
+        lambda config, name: TrainArguments(config, name, Path("runs") / name, None, ProcessArguments(), False),
+        flags=("describe",),
+    )
+    for option, folder in (("workdir", arguments.workdir), ("init", arguments.init)):
+        if bucket := re.match(r"(\w+:)/(.*)", str(folder)):  # a Path has made one slash of two
+            given = "//".join(bucket.groups())
+            raise ArgumentError(f"--{option}={given} is no folder: mount the bucket and give where it is mounted")
+    if arguments.workdir.exists() and not arguments.workdir.is_dir():
+        raise ArgumentError(f"--workdir={arguments.workdir} is a file: give a folder")
+    return arguments
+
+
+def parse_with_config(
+    argv: Sequence[str], program: str, defaults_of: Callable[[Config, str], A], flags: Collection[str] = ()
+) -> A:
+    """Arguments that begin with a config's, each defaulting to its value there; the config is checked.
+
+    Args:
+        defaults_of: the arguments of a config and its name, of a dataclass whose fields `config` and `config_name` are
+            annotated as those of TrainArguments.
+        flags: boolean options that need no value.
+
+    Raises:
+        ArgumentError, ConfigError: as `parse_train`.
+    """
     if wants_help := any(argument in ("-h", "--help") for argument in argv):
         argv = [argument for argument in argv if argument not in ("-h", "--help")]
-    given = dict(option_pairs(argv, flags=("describe",)))
-    if "describe" in given:
-        given["describe"] = given["describe"] or "True"
+    given = dict(option_pairs(argv, flags))
+    for flag in flags:
+        if flag in given:
+            given[flag] = given[flag] or "True"
     if "config" not in given and wants_help:
-        print(_general_help())
+        print(_general_help(program))
         raise SystemExit(0)
     name = given.get("config")
-    defaults = TrainArguments(
-        load_config(name), name or "", Path("runs") / (name or ""), None, ProcessArguments(), describe=False
-    )
-    types = _field_types(TrainArguments)
+    defaults = defaults_of(load_config(name), name or "")
+    types = _field_types(type(defaults))
     for option in given:
         if option not in types:
             raise ArgumentError(f"--{option} is not an option{suggestion(option, types, '--')}; --help lists them all")
     if wants_help:
-        _tyro(["--help"], defaults)
+        _tyro(["--help"], program, defaults)
     for option, value in given.items():
         if value is None:
             raise ArgumentError(f"--{option} needs a value: {_expected(types[option])}")
-        if option in ("workdir", "init") and "://" in value:
-            raise ArgumentError(f"--{option}={value} is no folder: mount the bucket and give where it is mounted")
-        _require_readable(option, value, types[option], defaults)
-    arguments = _tyro([f"--{option}={value}" for option, value in given.items()], defaults)
+        _require_readable(option, value, types[option], program, defaults)
+    arguments = _tyro([f"--{option}={value}" for option, value in given.items()], program, defaults)
     check(arguments.config)
-    if arguments.workdir.exists() and not arguments.workdir.is_dir():
-        raise ArgumentError(f"--workdir={arguments.workdir} is a file: give a folder")
     return arguments
 
 
@@ -180,19 +204,19 @@ def _leaves(of: Any, prefix: str) -> Iterator[tuple[str, Any]]:
             yield prefix + name, hint
 
 
-def _require_readable(option: str, value: str, kind: Any, defaults: TrainArguments) -> None:
+def _require_readable(option: str, value: str, kind: Any, program: str, defaults: Any) -> None:
     # tyro reports a bad value in a box on stderr and exits; one option at a time, its exit names the field.
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            _tyro([f"--{option}={value}"], defaults)
+            _tyro([f"--{option}={value}"], program, defaults)
     except SystemExit:
         raise ArgumentError(f"--{option}={value} cannot be read: {_expected(kind)}") from None
 
 
-def _tyro(argv: list[str], defaults: TrainArguments) -> TrainArguments:
+def _tyro(argv: list[str], program: str, defaults: A) -> A:
     return tyro.cli(
-        TrainArguments,
-        prog="python train.py",
+        type(defaults),
+        prog=program,
         args=argv,
         default=defaults,
         use_underscores=True,
@@ -218,10 +242,10 @@ def suggestion(word: str, known: typing.Iterable[str], mark: str = "") -> str:
     return f" (did you mean {mark}{close[0]}?)" if close else ""
 
 
-def _general_help() -> str:
-    lines = [f"usage: {USAGE}", "", "configs:"]
+def _general_help(program: str) -> str:
+    lines = [f"usage: {program} --config=NAME [--OPTION=VALUE ...]", "", "configs:"]
     width = max(map(len, config_names()))
     for name in config_names():
         summary = (importlib.import_module(f"configs.{name}").__doc__ or "").strip().partition("\n")[0]
         lines.append(f"  {name:<{width}}  {summary}")
-    return "\n".join([*lines, "", "python train.py --config=NAME --help shows every field, its meaning and its value."])
+    return "\n".join([*lines, "", f"{program} --config=NAME --help shows every option, its meaning and its value."])

@@ -104,9 +104,12 @@ def _gathered_forward(shard, dim, axes, dtype):
 def _gathered_backward(dim, axes, dtype, like, gradient):
     gradient = gradient.astype(like.dtype)
     for axis in axes:
-        size = axis_size((axis,))
-        pieces = gradient.reshape(*gradient.shape[:dim], size, -1, *gradient.shape[dim + 1 :])
-        gradient = jax.lax.psum_scatter(pieces, axis, scatter_dimension=dim, tiled=False)
+        before, after = gradient.shape[:dim], gradient.shape[dim + 1 :]
+        pieces = jnp.moveaxis(gradient.reshape(*before, axis_size((axis,)), -1, *after), dim, 0)
+        # Of pieces that are not next to each other, or of more dims, XLA:TPU makes an all-reduce, twice the traffic.
+        pieces = pieces.reshape(pieces.shape[0], -1, pieces.shape[-1])
+        piece = jax.lax.psum_scatter(pieces, axis, scatter_dimension=0, tiled=False)
+        gradient = piece.reshape(*before, -1, *after)
     return (gradient,)
 
 

@@ -68,6 +68,22 @@ def model_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
     return 6.0 * sum(linear.used * linear.size for linear in linears) + 3 * 2 * blocks * attention
 
 
+def forward_flops(model: ModelConfig, positions: int, *, decode: bool) -> float:
+    """FLOPs of the main model on one row: `positions` tokens at once, or one more token against so many in the cache.
+
+    As a training step's, with the head on the last token alone. Decoding absorbs the expansion of the latents: a head
+    multiplies with C + R numbers a cached position for its logit, and C for its value, and key_value_up once a token.
+    """
+    head = model.width * model.vocabulary
+    tokens = 1 if decode else positions
+    matrices = 2.0 * (tokens * sum(linear.used * linear.size for linear in main_linears(model)) - (tokens - 1) * head)
+    if decode:
+        attention = 2.0 * model.heads * (model.cache_width + model.key_value_latent) * positions
+    else:
+        attention = model.heads * (model.query_key_head_dim + model.value_head_dim) * positions * (positions + 1)
+    return matrices + model.layers * attention
+
+
 def measured_matmul_rate(model: ModelConfig, tokens: int) -> float:
     """FLOP/s that plain jitted `x @ w` reaches here at the model's own forward shapes, in its compute type.
 

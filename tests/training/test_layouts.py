@@ -14,7 +14,8 @@ from configs.tiny import config as tiny
 from dsv3_jax.config import Config
 from dsv3_jax.layout import mesh_of
 from dsv3_jax.model.functional import skeleton_of
-from dsv3_jax.plan.hlo import collectives
+from dsv3_jax.plan.collectives import collectives
+from dsv3_jax.plan.hlo import Program
 from dsv3_jax.training.losses import Batch
 from dsv3_jax.training.state import TrainState, abstract_state, initial_state, state_specs
 from dsv3_jax.training.step import StepMetrics, make_train_step
@@ -216,6 +217,6 @@ def test_the_compiled_step_has_the_collectives_the_layout_needs_and_no_other(nam
     """A reshard that XLA put in, or a gather where a piece would do, is one too many."""
     trained = _trained(*LAYOUTS[name].items())
     found = collections.Counter(
-        (each.kind, each.axes) for each in collectives(trained.compiled.as_text(), trained.mesh)
+        (each.kind, each.axes) for each in collectives(Program(trained.compiled.as_text()), trained.mesh)
     )
     assert found == COLLECTIVES[name]

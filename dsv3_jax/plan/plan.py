@@ -1,0 +1,198 @@
+"""A program compiled for a machine that is not here: does it fit, and what bounds it."""
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from dsv3_jax.config import Config
+from dsv3_jax.layout import mesh_of
+from dsv3_jax.model.functional import skeleton_of
+from dsv3_jax.plan.buffers import Buffer, Memory, bytes_by_part, largest_buffers, memory_of
+from dsv3_jax.plan.collectives import Collective, collectives
+from dsv3_jax.plan.hlo import Program
+from dsv3_jax.plan.operations import matrix_flops
+from dsv3_jax.plan.programs import traced_decode, traced_prefill, traced_training_step
+from dsv3_jax.plan.roofline import Times, times
+from dsv3_jax.plan.topology import Topology
+from dsv3_jax.plan.traffic import memory_traffic
+from dsv3_jax.training.flops import forward_flops, model_flops_per_token
+from sharding.mesh import row_shards
+from sharding.rules import EXPERT_AXES
+
+Kind = Literal["train", "prefill", "decode"]
+
+
+class Work(NamedTuple):
+    """What a plan is made for."""
+
+    config: Config
+    kind: Kind
+    rows: int
+    """Rows of one run of the program: of all microbatches of a step, or the prompts."""
+    positions: int
+    """Tokens of a row, or positions in its cache."""
+    mesh: Mesh
+    machine: Topology
+
+
+class Plan(NamedTuple):
+    work: Work
+    state: dict[str, float]
+    """Bytes a device of what the program is given: parameters, optimizer, ..."""
+    needed: float
+    """Bytes of main memory at the peak; where it does not fit, what the compiler says it would take."""
+    memory: Memory | None
+    """None, as all that follows, where it does not fit: there is no program then."""
+    buffers: list[Buffer]
+    flops: dict[str, float]
+    """FLOPs of a device's matrix products, by type."""
+    traffic: float
+    """Bytes that a device moves from and to main memory."""
+    collectives: list[Collective]
+    times: Times | None
+    model_flops: float
+    """FLOPs of one device's share of the model, by formula: nothing recomputed, nothing wasted."""
+    compile_seconds: float
+
+    @property
+    def capacity(self) -> float:
+        chip = self.work.machine.chip
+        return chip.memory / chip.devices
+
+    @property
+    def fits(self) -> bool:
+        return self.memory is not None and self.needed <= self.capacity
+
+
+def plan_work(config: Config, machine: Topology, kind: Kind, rows: int | None, positions: int | None) -> Work:
+    """The program of a configuration; by default a step's own rows, and one prompt for every device that takes rows.
+
+    Raises:
+        LayoutError: the mesh does not fit the devices, the model or the batch.
+    """
+    mesh = mesh_of(config, skeleton_of(config.model), machine.devices)
+    rows = config.training.batch_size if kind == "train" else rows or row_shards(mesh)
+    return Work(config, kind, rows, positions or config.training.sequence_length, mesh, machine)
+
+
+def make_plan(work: Work, compile_it: Callable[[jax.stages.Lowered], tuple[jax.stages.Compiled, float]]) -> Plan:
+    """Trace, compile and read. `compile_it` returns what it compiled and the seconds it took."""
+    config, skeleton = work.config, skeleton_of(work.config.model)
+    given: Any
+    if work.kind == "train":
+        traced, given = traced_training_step(config, skeleton, work.mesh)
+    else:
+        trace = traced_prefill if work.kind == "prefill" else traced_decode
+        traced, given = trace(config, skeleton, work.mesh, work.rows, work.positions)
+    state = bytes_by_part(given)
+    flops = matrix_flops(traced.jaxpr.jaxpr, _filled(work))
+    try:
+        compiled, seconds = compile_it(traced.lower())
+    except jax.errors.JaxRuntimeError as error:
+        needed = re.search(r"required for HLO temporaries \(([\d.]+)([KMG])\)|Used ([\d.]+)([KMG]) of", str(error))
+        if "RESOURCE_EXHAUSTED" not in str(error) or not needed:
+            raise
+        number, unit = needed.group(1) or needed.group(3), needed.group(2) or needed.group(4)
+        bytes_needed = float(number) * 2.0 ** {"K": 10, "M": 20, "G": 30}[unit]
+        return Plan(work, state, bytes_needed, None, [], flops, math.nan, [], None, _model_flops(work), math.nan)
+    program = Program(compiled.as_text() or "")
+    memory, traffic, found = memory_of(compiled), memory_traffic(program), collectives(program, work.mesh)
+    return Plan(
+        work,
+        state,
+        memory.peak,
+        memory,
+        largest_buffers(program),
+        flops,
+        traffic,
+        found,
+        times(flops, traffic, found, work.mesh, work.machine),
+        _model_flops(work),
+        seconds,
+    )
+
+
+def _filled(work: Work) -> float:
+    """Of the rows that a device has room for in one round of the dispatch, the share that balanced routing fills."""
+    devices = math.prod(work.mesh.shape.get(axis, 1) for axis in EXPERT_AXES)
+    return 1 / min(work.config.model.dispatch_factor, devices)
+
+
+def _model_flops(work: Work) -> float:
+    model = work.config.model
+    if work.kind == "train":
+        flops = model_flops_per_token(model, work.positions) * work.rows * work.positions
+    else:
+        flops = forward_flops(model, work.positions, decode=work.kind == "decode") * work.rows
+    return flops / work.mesh.size
+
+
+def what_would_fit(plan: Plan) -> list[str]:
+    """Options that lower what a device needs, the cheapest first, with what they would make of it by arithmetic."""
+    work, options = plan.work, []
+    training, shards = work.config.training, row_shards(work.mesh)
+    at_once = work.rows // (training.microbatches if work.kind == "train" else 1) // shards
+    if at_once > 1 and work.kind == "train":
+        options.append(
+            f"--training.microbatches={work.rows // shards}: one row a device at a time instead of {at_once}"
+        )
+    elif at_once > 1:
+        options.append(f"--rows={shards}: one row a device instead of {at_once}")
+    if work.kind == "train" and work.config.model.remat == "none":
+        options.append("--model.remat=block: activations inside blocks computed again instead of kept")
+    # Over more devices state and gradients become smaller, activations do not.
+    divided = sum(plan.state.values()) + (plan.state["parameters"] if work.kind == "train" else 0.0)
+    for times_as_many in (2, 4, 8, 16, 32):
+        needed = plan.needed - divided * (1 - 1 / times_as_many)
+        if needed <= plan.capacity:
+            axis = work.mesh.shape.get("fsdp", 1) * times_as_many
+            options.append(
+                f"{work.machine.chips * times_as_many} chips with "
+                f"--mesh.fsdp={axis}: about {needed / 2**30:.0f} GiB, by arithmetic"
+            )
+            break
+    return options
+
+
+def summary(plan: Plan) -> dict[str, Any]:
+    """Everything as plain values, bytes and seconds a device, for JSON."""
+    work, by_kind = plan.work, collectives_by_kind(plan.collectives)
+    return {
+        "program": work.kind,
+        "topology": work.machine.name,
+        "slices": work.machine.slices,
+        "chips": work.machine.chips,
+        "mesh": dict(work.mesh.shape),
+        "rows": work.rows,
+        "positions": work.positions,
+        "fits": plan.fits,
+        "memory_needed": plan.needed,
+        "memory_capacity": plan.capacity,
+        "memory": plan.memory._asdict() if plan.memory else None,
+        "state": plan.state,
+        "largest_buffers": [buffer._asdict() for buffer in plan.buffers],
+        "flops": plan.flops,
+        "model_flops": plan.model_flops,
+        "memory_traffic": plan.traffic,
+        "collectives": [
+            {"kind": kind, "axes": axes, "in_the_program": count, "executions": executions, "bytes_sent": sent}
+            for (kind, axes), (count, executions, sent) in by_kind.items()
+        ],
+        "seconds": plan.times._asdict() if plan.times else None,
+        "bound": plan.times.bound if plan.times else None,
+        "compile_seconds": plan.compile_seconds,
+        "would_fit": [] if plan.fits else what_would_fit(plan),
+    }
+
+
+def collectives_by_kind(found: list[Collective]) -> dict[tuple[str, tuple[str, ...]], tuple[int, int, float]]:
+    """How many the program has of each kind and axes, how often they run, and the bytes they send; the most first."""
+    total: dict[tuple[str, tuple[str, ...]], tuple[int, int, float]] = {}
+    for each in found:
+        count, executions, sent = total.get((each.kind, each.axes), (0, 0, 0.0))
+        total[each.kind, each.axes] = (count + 1, executions + each.times, sent + each.times * each.bytes_sent)
+    return dict(sorted(total.items(), key=lambda item: -item[1][2]))
