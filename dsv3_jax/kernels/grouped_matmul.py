@@ -31,6 +31,10 @@ def grouped_matmul(rows_MD: Array, weights_EDF: Array, group_sizes_E: Array) -> 
 
 def _kernels() -> ModuleType:
     """`product` and `gradients` of the platform that is compiled for."""
+    if platform() == "tpu":
+        from dsv3_jax.kernels import grouped_matmul_tpu  # Pallas takes a second to import
+
+        return grouped_matmul_tpu
     return grouped_matmul_cpu if platform() == "cpu" else grouped_matmul_gpu
 
 
