@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from jax.extend import core
+from jax.interpreters import partial_eval
 
 ROUNDS = 1
 """Times that a loop of unknown length is taken to run: balanced routing needs one round of the dispatch."""
@@ -21,8 +22,13 @@ def matrix_flops(jaxpr: core.Jaxpr, filled: float = 1.0) -> Flops:
 
     Bodies of scans count as often as they run, of branches the costliest, kernels by their own estimate. A kernel or
     product over rows grouped by expert is given buffers for more rows than there are: `filled` is the share of them
-    that it multiplies.
+    that it multiplies. What no result depends on is not counted: compilers leave it out.
     """
+    used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return _flops(used, filled)
+
+
+def _flops(jaxpr: core.Jaxpr, filled: float) -> Flops:
     total: Flops = defaultdict(float)
     for equation in jaxpr.eqns:
         for dtype, flops in _of_equation(equation, filled):
@@ -40,16 +46,16 @@ def _of_equation(equation: Any, filled: float) -> Iterator[tuple[str, float]]:
         share = filled if str(parameters["name"]).startswith(GROUPED) else 1.0
         yield _dtype(equation), share * parameters["cost_estimate"].flops
     elif name == "cond":
-        branches = [matrix_flops(branch.jaxpr, filled) for branch in parameters["branches"]]
+        branches = [_flops(branch.jaxpr, filled) for branch in parameters["branches"]]
         yield from max(branches, key=lambda branch: sum(branch.values())).items()
     elif name == "scan":
-        yield from _times(matrix_flops(parameters["jaxpr"].jaxpr, filled), parameters["length"])
+        yield from _times(_flops(parameters["jaxpr"].jaxpr, filled), parameters["length"])
     elif name == "while":
-        yield from _times(matrix_flops(parameters["body_jaxpr"].jaxpr, filled), ROUNDS)
+        yield from _times(_flops(parameters["body_jaxpr"].jaxpr, filled), ROUNDS)
     else:
         for inner in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
             if inner in parameters:
-                yield from matrix_flops(getattr(parameters[inner], "jaxpr", parameters[inner]), filled).items()
+                yield from _flops(getattr(parameters[inner], "jaxpr", parameters[inner]), filled).items()
                 break
 
 

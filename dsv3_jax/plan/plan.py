@@ -50,13 +50,13 @@ class Plan(NamedTuple):
     buffers: list[Buffer]
     flops: dict[str, float]
     """FLOPs of a device's matrix products, by type."""
-    traffic: float
+    traffic: float | None
     """Bytes that a device moves from and to main memory."""
     collectives: list[Collective]
     times: Times | None
     model_flops: float
     """FLOPs of one device's share of the model, by formula: nothing recomputed, nothing wasted."""
-    compile_seconds: float
+    compile_seconds: float | None
 
     @property
     def capacity(self) -> float:
@@ -98,7 +98,7 @@ def make_plan(work: Work, compile_it: Callable[[jax.stages.Lowered], tuple[jax.s
             raise
         number, unit = needed.group(1) or needed.group(3), needed.group(2) or needed.group(4)
         bytes_needed = float(number) * 2.0 ** {"K": 10, "M": 20, "G": 30}[unit]
-        return Plan(work, state, bytes_needed, None, [], flops, math.nan, [], None, _model_flops(work), math.nan)
+        return Plan(work, state, bytes_needed, None, [], flops, None, [], None, _model_flops(work), None)
     program = Program(compiled.as_text() or "")
     memory, traffic, found = memory_of(compiled), memory_traffic(program), collectives(program, work.mesh)
     return Plan(

@@ -56,7 +56,7 @@ def _collectives(plan: Plan) -> list[str]:
 
 
 def _times(plan: Plan) -> list[str]:
-    assert plan.times is not None
+    assert plan.times and plan.traffic and plan.compile_seconds is not None
     chip, flops = plan.work.machine.chip, sum(plan.flops.values())
     lines = [
         f"at {chip.name}'s full rates: {flops:.3g} FLOPs of matrix products ({flops / plan.model_flops:.2f} times the "
