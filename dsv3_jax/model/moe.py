@@ -2,14 +2,14 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.kernels.grouped_matmul import grouped_matmul
-from dsv3_jax.model.layers import FeedForward, parameter, swiglu, whole
+from dsv3_jax.kernels.weighted_swiglu import weighted_swiglu
+from dsv3_jax.model.layers import FeedForward, parameter, whole
 from dsv3_jax.model.router import Router, balance_loss, expert_load
 from sharding.collectives import spread
 from sharding.dispatch import Routes, through_experts
@@ -45,27 +45,8 @@ def answered(matrices: tuple[Array, Array], rows_MD: Array, weights_M: Array, gr
     The result is a sum over this device's part of F, as a FeedForward's is.
     """
     gate_up_eDcF, down_eFD = matrices
-    gate_and_up = grouped_matmul(rows_MD, gate_up_eDcF, group_sizes_e)
-    return grouped_matmul(_weighted_swiglu(gate_and_up, weights_M), down_eFD, group_sizes_e)
-
-
-@jax.custom_vjp
-def _weighted_swiglu(gate_and_up: Array, weights_M: Array) -> Array:
-    """The product with `down` is linear: weighing what goes into it weighs the answer, at F numbers a row, not D."""
-    return (swiglu(gate_and_up) * weights_M[:, None]).astype(gate_and_up.dtype)
-
-
-def _weighted_swiglu_backward(saved: tuple[Array, Array], gradient_MF: Array) -> tuple[Array, Array]:
-    """One pass over [M, 2, F], in float32. Differentiating `swiglu` joins halves: on XLA:CPU several times slower."""
-    gate_and_up, weights_M = saved
-    gate, up = (half.astype(jnp.float32) for half in (gate_and_up[:, :1], gate_and_up[:, 1:]))
-    sigmoid, gradient = jax.nn.sigmoid(gate), gradient_MF[:, None].astype(jnp.float32)
-    of_halves = jnp.where(jnp.arange(2)[:, None] == 0, up * sigmoid * (1 + gate * (1 - sigmoid)), gate * sigmoid)
-    gradient_weights_M = jnp.sum(gradient * gate * sigmoid * up, axis=(1, 2)).astype(weights_M.dtype)
-    return (of_halves * gradient * weights_M[:, None, None]).astype(gate_and_up.dtype), gradient_weights_M
-
-
-_weighted_swiglu.defvjp(lambda *arguments: (_weighted_swiglu(*arguments), arguments), _weighted_swiglu_backward)
+    gate_and_up_MG = grouped_matmul(rows_MD, gate_up_eDcF.reshape(*gate_up_eDcF.shape[:2], -1), group_sizes_e)
+    return grouped_matmul(weighted_swiglu(gate_and_up_MG, weights_M), down_eFD, group_sizes_e)
 
 
 class MixtureOfExperts(nnx.Module):
