@@ -14,7 +14,7 @@ LANES = 128
 
 # Positions of a block, at 2 bytes a number, and of those of its keys that are computed at one time. [1024, 512]
 # logits in float32 are 2 MiB, blocks in and out, with two buffers each, and sums 5 more; compiled, with V3's head dims,
-# no kernel takes more than 8 MiB of the 16 MiB of VMEM that one has on any TPU.
+# none takes more than 12 MiB (on v4; 8 on later ones) of the 16 MiB of VMEM that a kernel has on any TPU.
 BLOCK, PIECE = 1024, 512
 
 
