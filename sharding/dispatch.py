@@ -51,10 +51,36 @@ def through_experts(
         weights_NK: float32, what each answer is multiplied by.
         experts_NK: int32 in [0, E).
     """
-    if routes.once_a_node and present(("node",)):
-        return _through_nodes(experts, matrices, x_ND, weights_NK, experts_NK, routes)
-    rows_MD, weights_M, plan = dispatch(x_ND, weights_NK, experts_NK, routes.experts)
-    return combine(_answers(experts, matrices, rows_MD, weights_M, plan, EXPERT_AXES, rows_MD.shape[0], routes), plan)
+    if not present(EXPERT_AXES):
+        rows_MD, weights_M, plan = dispatch(x_ND, weights_NK, experts_NK, routes.experts)
+        return combine(experts(matrices, rows_MD, weights_M, plan.group_sizes_E), plan)
+
+    def of_folded(matrices: Any, rows: Array, weights_M: Array, group_sizes_e: Array) -> Array:
+        return _folded(experts(matrices, _unfolded(rows), weights_M, group_sizes_e))
+
+    through = _through_nodes if routes.once_a_node and present(("node",)) else _through_devices
+    return _unfolded(through(of_folded, matrices, _folded(x_ND), weights_NK, experts_NK, routes))
+
+
+# A TPU keeps the rows of a matrix eight by eight, woven together. A row that is a matrix itself lies in one piece: sent
+# as it is, where otherwise everything sent and received would be laid out anew.
+LANES = 128
+
+
+def _folded(rows_MD: Array) -> Array:
+    """[M, D / LANES, LANES], of a D that has whole ones."""
+    return rows_MD.reshape(rows_MD.shape[0], -1, LANES if rows_MD.shape[1] % LANES == 0 else rows_MD.shape[1])
+
+
+def _unfolded(rows: Array) -> Array:
+    return rows.reshape(rows.shape[0], -1)
+
+
+def _through_devices(
+    experts: Experts, matrices: Any, rows: Array, weights_NK: Array, experts_NK: Array, routes: Routes
+) -> Array:
+    rows, weights_M, plan = dispatch(rows, weights_NK, experts_NK, routes.experts)
+    return combine(_answers(experts, matrices, rows, weights_M, plan, EXPERT_AXES, rows.shape[0], routes), plan)
 
 
 def _answers(

@@ -79,7 +79,7 @@ def combine(rows_MD: Array, plan: DispatchPlan) -> Array:
     if not isinstance(plan, PartialPlan):
         return rows_MD[plan.row_NK].astype(jnp.float32).sum(axis=1).astype(rows_MD.dtype)
     # Choice by choice: there may be many more pairs than rows.
-    total_ND = spread_like(jnp.zeros((plan.row_NK.shape[0], rows_MD.shape[1]), jnp.float32), rows_MD, plan.row_NK)
+    total_ND = spread_like(jnp.zeros((len(plan.row_NK), *rows_MD.shape[1:]), jnp.float32), rows_MD, plan.row_NK)
 
     def add(total_ND: Array, row_N: Array) -> tuple[Array, None]:
         return total_ND + _rows_or_zero(rows_MD, row_N), None
