@@ -144,10 +144,6 @@ def scan_stack(
 
     def step(carry, layer):
         layer_state, layer_input = layer
-        if remat == "block":
-            # Where memory is short, a layer is cast to the compute type when it is reached: XLA would otherwise cast
-            # the stack before the loop, and keep both.
-            layer_state = jax.lax.optimization_barrier(layer_state)
         block = nnx.merge(structure, _map_variables(lambda axes: axes[1:], layer_state))
         return body(block, carry, layer_input)
 
