@@ -25,7 +25,7 @@ from dsv3_jax.data.tokenizer import special_tokens
 from dsv3_jax.errors import UserError
 from dsv3_jax.inference.sampling import Sampling, SamplingInputs, choose_tokens
 from dsv3_jax.inference.weights import unstacked, with_inference_types
-from dsv3_jax.model.transformer import Transformer
+from dsv3_jax.model.transformer import Cache, Transformer
 
 # Tokens a call: more and more of them, so that the call's own time is lost among theirs, as long as text still flows.
 FIRST_CHUNK, LONGEST_CHUNK = 8, 64
@@ -59,7 +59,7 @@ class Vocabulary(NamedTuple):
 class Rows(NamedTuple):
     """The state of a batch between two tokens. A row whose token is the end token has ended."""
 
-    cache_LBTX: Array
+    cache: Cache
     tokens_B: Array
     """int32, the newest token of each row, not in the cache yet."""
     positions_B: Array
@@ -172,11 +172,11 @@ def _prefill(
     cache_length: int,
 ) -> Rows:
     """The prompts' cache and the first new token of each."""
-    cache_LBTX = model.empty_cache(tokens_BS.shape[0], cache_length)
-    hidden_BSD, cache_LBTX = model.prefill(tokens_BS, cache_LBTX)
+    cache = model.empty_cache(tokens_BS.shape[0], cache_length)
+    hidden_BSD, cache = model.prefill(tokens_BS, cache)
     last_B1D = jnp.take_along_axis(hidden_BSD, (lengths_B - 1)[:, None, None], axis=1)
     tokens_B = _next_tokens(model, last_B1D, lengths_B, inputs, vocabulary)
-    return Rows(cache_LBTX, tokens_B, lengths_B)
+    return Rows(cache, tokens_B, lengths_B)
 
 
 def _decode_chunk(
@@ -193,11 +193,11 @@ def _decode_chunk(
 
     def one_token(carry):
         rows, made_BC, count = carry
-        hidden_B1D, cache_LBTX = model.decode(rows.tokens_B[:, None], rows.cache_LBTX, rows.positions_B[:, None])
+        hidden_B1D, cache = model.decode(rows.tokens_B[:, None], rows.cache, rows.positions_B[:, None])
         tokens_B = _next_tokens(model, hidden_B1D, rows.positions_B + 1, inputs, vocabulary)
         ended_B = rows.tokens_B == vocabulary.end
         tokens_B = jnp.where(ended_B, vocabulary.end, tokens_B)
-        rows = Rows(cache_LBTX, tokens_B, rows.positions_B + ~ended_B)
+        rows = Rows(cache, tokens_B, rows.positions_B + ~ended_B)
         return rows, made_BC.at[:, count].set(tokens_B), count + 1
 
     made_BC = jnp.zeros((rows.tokens_B.shape[0], LONGEST_CHUNK), jnp.int32)

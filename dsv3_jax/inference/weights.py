@@ -1,4 +1,4 @@
-"""How a model is held when it only runs: in which types, and every layer by itself."""
+"""How a model is held when it only runs: in which types, every layer by itself, and ready to decode."""
 
 from collections.abc import Callable
 from typing import Any
@@ -28,9 +28,12 @@ def with_inference_types(change: Callable[[Any, jnp.dtype], Any], tree: Any, pre
 
 
 def unstacked(model: Transformer) -> Transformer:
-    """The model with a list of blocks in place of each stack; for whole rows and decoding, not for training."""
+    """The model with a list of blocks, ready to decode, in place of each stack; not for training."""
     model = nnx.clone(model)
     for name in ("dense_blocks", "moe_blocks"):
         if hasattr(model, name):
-            setattr(model, name, unstack(getattr(model, name)))
+            blocks = unstack(getattr(model, name))
+            for block in blocks:
+                block.attention.keep_absorbed()
+            setattr(model, name, blocks)
     return model

@@ -1,9 +1,9 @@
 """Grouped matmul: rows sorted by group, each group times its own matrix. The cost follows the rows, not the groups."""
 
-import math
 from types import ModuleType
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from dsv3_jax.kernels import grouped_matmul_cpu, grouped_matmul_gpu
@@ -19,14 +19,25 @@ def grouped_matmul(rows_MD: Array, weights_EDF: Array, group_sizes_E: Array) -> 
 
     Args:
         rows_MD: rows ordered by group; those past the sum of the sizes are no rows, and their results mean nothing.
-        weights_EDF: one matrix a group, in the type of the rows; in place of F there may be several dims.
+        weights_EDF: one matrix a group, in the type of the rows.
         group_sizes_E: int32, any of them 0.
 
     Returns:
-        [M, F] in the type of the rows, accumulated in float32. Differentiable in rows and weights; an empty group's
-        weight gradient is 0.
+        [M, F] in the type of the rows, accumulated in float32.
     """
     return _grouped_matmul(*spread_alike(rows_MD, weights_EDF), group_sizes_E)
+
+
+def chosen_matmul(rows_MD: Array, weights_EDF: Array, choice_M: Array) -> Array:
+    """Each row times a copy of weights[its choice]: rows in any order, as few as in decoding.
+
+    Returns [M, F] in the type of the rows, accumulated in float32.
+    """
+    precision = jax.lax.Precision.HIGHEST if rows_MD.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    product_MF = jnp.einsum(
+        "md,mdf->mf", rows_MD, weights_EDF[choice_M], precision=precision, preferred_element_type=jnp.float32
+    )
+    return product_MF.astype(rows_MD.dtype)
 
 
 def _kernels() -> ModuleType:
@@ -40,23 +51,16 @@ def _kernels() -> ModuleType:
 
 @jax.custom_vjp
 def _grouped_matmul(rows_MD: Array, weights_EDF: Array, group_sizes_E: Array) -> Array:
-    product_MF = _kernels().product(rows_MD, _flat(weights_EDF), group_sizes_E)
-    return product_MF.reshape(rows_MD.shape[0], *weights_EDF.shape[2:])
+    return _kernels().product(rows_MD, weights_EDF, group_sizes_E)
 
 
 def _forward(rows_MD, weights_EDF, group_sizes_E):
     return _grouped_matmul(rows_MD, weights_EDF, group_sizes_E), (rows_MD, weights_EDF, group_sizes_E)
 
 
-def _backward(saved, gradient):
+def _backward(saved, gradient_MF):
     rows_MD, weights_EDF, group_sizes_E = saved
-    gradient_MF = gradient.reshape(rows_MD.shape[0], -1)
-    of_rows_MD, of_weights_EDF = _kernels().gradients(rows_MD, _flat(weights_EDF), group_sizes_E, gradient_MF)
-    return of_rows_MD, of_weights_EDF.reshape(weights_EDF.shape), None
+    return *_kernels().gradients(rows_MD, weights_EDF, group_sizes_E, gradient_MF), None
 
 
 _grouped_matmul.defvjp(_forward, _backward)
-
-
-def _flat(weights_EDF: Array) -> Array:
-    return weights_EDF.reshape(*weights_EDF.shape[:2], math.prod(weights_EDF.shape[2:]))

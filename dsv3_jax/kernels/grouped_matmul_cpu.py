@@ -8,21 +8,14 @@ from jax import Array
 
 from sharding.collectives import spread_like
 
-# Up to so many rows a CPU is faster with a matrix copied for every row than with a loop.
-FEW_ROWS = 8
-
 
 def product(rows_MD: Array, weights_EDF: Array, group_sizes_E: Array) -> Array:
-    """Group by group and block by block, one plain matmul each; of few rows, as in decoding, one batched matmul.
+    """Group by group and block by block, one plain matmul each.
 
     A group's last block writes its whole height: what lies past the group's end is overwritten by the next group. Only
     a block that would pass the end of the array is shifted back, and keeps the rows already written.
     """
     count, groups = rows_MD.shape[0], weights_EDF.shape[0]
-    if count <= FEW_ROWS:
-        group_M = jnp.sum(jnp.cumsum(group_sizes_E) <= jnp.arange(count)[:, None], axis=1)
-        product_MF = jnp.einsum("md,mdf->mf", rows_MD, weights_EDF[group_M], preferred_element_type=jnp.float32)
-        return product_MF.astype(rows_MD.dtype)
     blocks = _blocks(count, group_sizes_E)
 
     def body(group, out_MF):

@@ -75,11 +75,10 @@ class MultiHeadLatentAttention(nnx.Module):
             cache_BTX: [B, T, C + R], entry t of a row at position t; entries after a token's position are not read.
             positions_BS: int32 position of each new token.
         """
-        nope, rank = self.model.nope_head_dim, self.model.key_value_latent
+        rank = self.model.key_value_latent
         query_nope_BSHP, query_rope_BSHR = self._queries(x_BSD, by)
-        key_value_up_CHd = whole(self.key_value_up, self.dtype)
-        key_up_CHP, value_up_CHV = key_value_up_CHd[..., :nope], key_value_up_CHd[..., nope:]
-        query_latent_BSHC = contract("bshp,chp->bshc", query_nope_BSHP, key_up_CHP, self.dtype)
+        key_up_HPC, value_up_HCV = self._absorbed()
+        query_latent_BSHC = contract("bshp,hpc->bshc", query_nope_BSHP, key_up_HPC, self.dtype)
         mixed_BSHC = absorbed_attention(
             jnp.concatenate([query_latent_BSHC, query_rope_BSHR], axis=-1),
             cache_BTX,
@@ -87,13 +86,26 @@ class MultiHeadLatentAttention(nnx.Module):
             softmax_scale(self.model),
             positions_BS,
         )
-        return self._output(contract("bshc,chv->bshv", mixed_BSHC, value_up_CHV, self.dtype))
+        return self._output(contract("bshc,hcv->bshv", mixed_BSHC, value_up_HCV, self.dtype))
 
     def latent(self, x_BSD: Array, by: Rotation) -> Array:
         """What the cache keeps of each token: the normed latent (C) and the rotated, un-normed shared key (R)."""
         down_BSX = self._contract("bsd,dx->bsx", x_BSD, self.key_value_down)
         latent_BSC, rope_BSR = jnp.split(down_BSX, [self.model.key_value_latent], axis=-1)
         return jnp.concatenate([self.key_value_norm(latent_BSC), rotate(rope_BSR, by)], axis=-1)
+
+    def keep_absorbed(self) -> None:
+        """Keep what `decode` multiplies with, which it otherwise cuts out of `key_value_up` at every token."""
+        self.absorbed = nnx.List([nnx.Cache(matrix) for matrix in self._absorbed()])
+
+    def _absorbed(self) -> tuple[Array, Array]:
+        """The expansion to keys [H, P, C] and that to values [H, C, V], a matrix a head."""
+        if hasattr(self, "absorbed"):
+            key_up, value_up = self.absorbed
+            return key_up[...], value_up[...]
+        up_CHd = whole(self.key_value_up, self.dtype)
+        key_up_CHP, value_up_CHV = jnp.split(up_CHd, [self.model.nope_head_dim], axis=-1)
+        return key_up_CHP.transpose(1, 2, 0), value_up_CHV.swapaxes(0, 1)
 
     def _queries(self, x_BSD: Array, by: Rotation) -> tuple[Array, Array]:
         """The no-rope part [B, S, H, P] and the rotated part [B, S, H, R] of each head's query."""

@@ -35,18 +35,18 @@ class Block(nnx.Module):
         x_BSD, statistics = self._feed(x_BSD + attended_BSD, valid_BS)
         return x_BSD, latent_BSX, statistics
 
-    def decode(self, x_BSD: Array, by: Rotation, cache_LBTX: Array, layer: Array, positions_BS: Array):
-        """New tokens against the cache of all layers, of which `layer` is this block's.
+    def decode(self, x_BSD: Array, by: Rotation, cache_BTX: Array, positions_BS: Array) -> tuple[Array, Array]:
+        """New tokens against this block's cache.
 
         Returns the residual stream and the cache with the new tokens' latents written at their positions.
         """
         normed_BSD = self.attention_norm(x_BSD)
         rows = jnp.arange(x_BSD.shape[0])[:, None]
-        latent_BSX = self.attention.latent(normed_BSD, by).astype(cache_LBTX.dtype)
-        cache_LBTX = cache_LBTX.at[layer, rows, positions_BS].set(latent_BSX, mode="drop")
-        attended_BSD = self.attention.decode(normed_BSD, by, cache_LBTX[layer], positions_BS)
+        latent_BSX = self.attention.latent(normed_BSD, by).astype(cache_BTX.dtype)
+        cache_BTX = cache_BTX.at[rows, positions_BS].set(latent_BSX, mode="drop")
+        attended_BSD = self.attention.decode(normed_BSD, by, cache_BTX, positions_BS)
         x_BSD, _ = self._feed(x_BSD + attended_BSD, jnp.ones(x_BSD.shape[:2], bool))
-        return x_BSD, cache_LBTX
+        return x_BSD, cache_BTX
 
     def _feed(self, x_BSD: Array, valid_BS: Array) -> tuple[Array, RouterStatistics | None]:
         normed_BSD = self.feed_forward_norm(x_BSD)

@@ -131,15 +131,16 @@ def scan_stack(
 ) -> tuple[Any, Any]:
     """Scan `body(block, carry, input) -> (carry, output)` over the layers of a stack: one compiled body for any depth.
 
-    Returns the last carry and the outputs with a leading "layers" dim. With remat "block" the backward pass
-    recomputes a block from its carry. An unstacked stack is compiled layer by layer.
+    Returns the last carry and the outputs; these and the inputs have a leading "layers" dim. With remat "block" the
+    backward pass recomputes a block from its carry. An unstacked stack is compiled layer by layer, its inputs and
+    outputs are lists.
     """
     if isinstance(stacked, nnx.List):
         outputs = []
         for index, block in enumerate(stacked):
-            carry, output = body(block, carry, jax.tree.map(lambda rows, index=index: rows[index], inputs))
+            carry, output = body(block, carry, None if inputs is None else inputs[index])
             outputs.append(output)
-        return carry, jax.tree.map(lambda *rows: jnp.stack(rows), *outputs)
+        return carry, outputs
     structure, state = nnx.split(stacked)
 
     def step(carry, layer):

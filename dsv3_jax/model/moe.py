@@ -7,13 +7,17 @@ from flax import nnx
 from jax import Array
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.kernels.grouped_matmul import grouped_matmul
+from dsv3_jax.kernels.grouped_matmul import chosen_matmul, grouped_matmul
 from dsv3_jax.kernels.weighted_swiglu import weighted_swiglu
 from dsv3_jax.model.layers import FeedForward, parameter, whole
 from dsv3_jax.model.router import Router, balance_loss, expert_load
-from sharding.collectives import spread
+from sharding.collectives import axis_size, spread
 from sharding.dispatch import Routes, through_experts
-from sharding.rules import TENSOR_AXES
+from sharding.mesh import platform
+from sharding.rules import EXPERT_AXES, TENSOR_AXES
+
+# Up to so many rows a CPU is faster with a matrix copied for every row than with rows ordered by expert and a loop.
+FEW_ROWS = 8
 
 
 class RouterStatistics(NamedTuple):
@@ -49,6 +53,15 @@ def answered(matrices: tuple[Array, Array], rows_MD: Array, weights_M: Array, gr
     return grouped_matmul(weighted_swiglu(gate_and_up_MG, weights_M), down_eFD, group_sizes_e)
 
 
+def answered_by_choice(matrices: tuple[Array, Array], x_ND: Array, weights_NK: Array, experts_NK: Array) -> Array:
+    """Each token's weighted sum of its experts' answers, [N, D], of few tokens whose experts are all here."""
+    gate_up_EDcF, down_EFD = matrices
+    choice_M, rows_MD = experts_NK.reshape(-1), jnp.repeat(x_ND, experts_NK.shape[1], axis=0)
+    gate_and_up_MG = chosen_matmul(rows_MD, gate_up_EDcF.reshape(*gate_up_EDcF.shape[:2], -1), choice_M)
+    answer_MD = chosen_matmul(weighted_swiglu(gate_and_up_MG, weights_NK.reshape(-1)), down_EFD, choice_M)
+    return answer_MD.reshape(*experts_NK.shape, -1).astype(jnp.float32).sum(axis=1).astype(answer_MD.dtype)
+
+
 class MixtureOfExperts(nnx.Module):
     def __init__(self, model: ModelConfig, rngs: nnx.Rngs):
         self.router = Router(model, rngs)
@@ -68,22 +81,22 @@ class MixtureOfExperts(nnx.Module):
         model = self.model
         routing = self.router(x_BSD.reshape(-1, model.width))
         x_BSD, weights_NK = spread(x_BSD, TENSOR_AXES), spread(routing.weights_NK, TENSOR_AXES)
-        out_ND = through_experts(
-            answered,
-            self.experts.matrices(),
-            x_BSD.reshape(-1, model.width),
-            weights_NK,
-            routing.experts_NK,
-            Routes(
-                model.experts,
-                model.expert_groups,
-                model.groups_per_token,
-                model.dispatch_factor,
-                model.dispatch_once_a_node,
-            ),
-        )
+        out_ND = self._routed(x_BSD.reshape(-1, model.width), weights_NK, routing.experts_NK)
         out_BSD = out_ND.reshape(x_BSD.shape)
         if model.shared_experts:
             out_BSD = out_BSD + self.shared(x_BSD)
         load_E = expert_load(routing.experts_NK, valid_BS.reshape(-1), model.experts)
         return out_BSD, RouterStatistics(load_E, balance_loss(routing, valid_BS, model))
+
+    def _routed(self, x_ND: Array, weights_NK: Array, experts_NK: Array) -> Array:
+        model, matrices = self.model, self.experts.matrices()
+        if experts_NK.size <= FEW_ROWS and axis_size(EXPERT_AXES) == 1 and platform() == "cpu":
+            return answered_by_choice(matrices, x_ND, weights_NK, experts_NK)
+        routes = Routes(
+            model.experts,
+            model.expert_groups,
+            model.groups_per_token,
+            model.dispatch_factor,
+            model.dispatch_once_a_node,
+        )
+        return through_experts(answered, matrices, x_ND, weights_NK, experts_NK, routes)

@@ -29,6 +29,10 @@ from sharding.collectives import axis_index, axis_size, looked_up, summed
 from sharding.context import CONTEXT_AXES, context_part
 from sharding.rules import TENSOR_AXES, mesh_axes
 
+# [L, B, T, C + R] of every stack of blocks; of an unstacked one a list of [B, T, C + R]: a layer that is cut out of an
+# array of all is copied, which with few rows takes longer than what is done with it.
+Cache = list[Array | list[Array]]
+
 
 class Transformer(nnx.Module):
     """The main model and its MTP modules. `Transformer(config.model, rngs=nnx.Rngs(seed))`; inside `nnx.eval_shape`
@@ -110,34 +114,39 @@ class Transformer(nnx.Module):
             statistics.append(of_module)
         return states, statistics
 
-    def prefill(self, tokens_BS: Array, cache_LBTX: Array) -> tuple[Array, Array]:
+    def prefill(self, tokens_BS: Array, cache: Cache) -> tuple[Array, Cache]:
         """Rows from position 0 on. Returns the residual stream and the cache with entries 0 .. S - 1 written."""
         by = rotation(self.model, _positions(tokens_BS, None))
         valid_BS = jnp.ones(tokens_BS.shape, bool)
 
-        def body(block: Block, carry, layer: Array):
-            x_BSD, cache_LBTX = carry
+        def body(block: Block, x_BSD: Array, cache_BTX: Array):
             x_BSD, latent_BSX, _ = block(x_BSD, by, None, valid_BS)
-            latent_BSX = latent_BSX.astype(cache_LBTX.dtype)
-            return (x_BSD, jax.lax.dynamic_update_slice(cache_LBTX, latent_BSX[None], (layer, 0, 0, 0))), None
+            return x_BSD, jax.lax.dynamic_update_slice(cache_BTX, latent_BSX.astype(cache_BTX.dtype), (0, 0, 0))
 
-        return self._scan_with_cache(body, self.embed(tokens_BS), cache_LBTX)
+        return self._scan_with_cache(body, self.embed(tokens_BS), cache)
 
-    def decode(self, tokens_BS: Array, cache_LBTX: Array, positions_BS: Array) -> tuple[Array, Array]:
+    def decode(self, tokens_BS: Array, cache: Cache, positions_BS: Array) -> tuple[Array, Cache]:
         """New tokens at `positions_BS` against the cache. Returns their residual stream and the cache with them in it.
 
         A position outside the cache is not written.
         """
         by = rotation(self.model, positions_BS)
 
-        def body(block: Block, carry, layer: Array):
-            return block.decode(carry[0], by, carry[1], layer, positions_BS), None
+        def body(block: Block, x_BSD: Array, cache_BTX: Array):
+            return block.decode(x_BSD, by, cache_BTX, positions_BS)
 
-        return self._scan_with_cache(body, self.embed(tokens_BS), cache_LBTX)
+        return self._scan_with_cache(body, self.embed(tokens_BS), cache)
 
-    def empty_cache(self, batch: int, length: int) -> Array:
-        """[L, B, T, C + R] in the compute type: each token's normed latent and rotated key a layer, nothing else."""
-        return jnp.zeros((self.model.layers, batch, length, self.model.cache_width), jnp.dtype(self.model.precision))
+    def empty_cache(self, batch: int, length: int) -> Cache:
+        """Each token's normed latent and rotated key a layer, C + R numbers in the compute type, nothing else."""
+        shape, dtype = (batch, length, self.model.cache_width), jnp.dtype(self.model.precision)
+        counts = [count for count in (self.model.dense_layers, self.model.moe_layers) if count]
+        return [
+            [jnp.zeros(shape, dtype) for _ in range(count)]
+            if isinstance(blocks, nnx.List)
+            else jnp.zeros((count, *shape), dtype)
+            for blocks, count in zip(self.stacks(), counts, strict=True)
+        ]
 
     def router_biases(self) -> list[RouterBias]:
         """Every selection bias: [L, E] of the MoE blocks, then [E] of each MTP module; none in a model without."""
@@ -168,13 +177,21 @@ class Transformer(nnx.Module):
         """The dense blocks, then the MoE blocks; a stack without layers is left out."""
         return [getattr(self, name) for name in ("dense_blocks", "moe_blocks") if hasattr(self, name)]
 
-    def _scan_with_cache(self, body, x_BSD: Array, cache_LBTX: Array) -> tuple[Array, Array]:
-        first, carry = 0, (x_BSD, cache_LBTX)
-        counts = [count for count in (self.model.dense_layers, self.model.moe_layers) if count]
-        for blocks, count in zip(self.stacks(), counts, strict=True):
-            carry, _ = scan_stack(blocks, body, carry, jnp.arange(first, first + count))
-            first += count
-        return carry
+    def _scan_with_cache(self, body, x_BSD: Array, cache: Cache) -> tuple[Array, Cache]:
+        """`body(block, x_BSD, cache_BTX)`, which returns both after it, over all layers."""
+        written: Cache = []
+        for blocks, layers in zip(self.stacks(), cache, strict=True):
+            if isinstance(blocks, nnx.List):
+                x_BSD, after = scan_stack(blocks, body, x_BSD, layers)
+            else:
+
+                def in_place(block: Block, carry, layer: Array):
+                    x_BSD, cache_BTX = body(block, carry[0], carry[1][layer])
+                    return (x_BSD, carry[1].at[layer].set(cache_BTX)), None
+
+                (x_BSD, after), _ = scan_stack(blocks, in_place, (x_BSD, layers), jnp.arange(len(layers)))
+            written.append(after)
+        return x_BSD, written
 
 
 def _positions(rows: Array, positions_BS: Array | None) -> Array:

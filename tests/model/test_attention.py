@@ -103,6 +103,7 @@ def test_rows_of_a_batch_decode_at_their_own_positions(tiny_model, run):
     chunk, positions = np.stack([tokens[0, 3:7], tokens[1, 8:12]]), np.array([[3, 4, 5, 6], [8, 9, 10, 11]])
     logits, grown = run(model, weights, _decode, chunk, cache, positions)
     np.testing.assert_allclose(logits, np.stack([whole[0, 3:7], whole[1, 8:12]]), atol=1e-5 * whole.std())
+    grown, cache = np.concatenate(grown), np.concatenate(cache)
     np.testing.assert_allclose(grown[:, 0], cache[:, 0], atol=1e-4)
     np.testing.assert_array_equal(grown[:, 1, 12:], cache[:, 1, 12:])
 
@@ -110,8 +111,9 @@ def test_rows_of_a_batch_decode_at_their_own_positions(tiny_model, run):
 def test_a_token_past_the_end_of_the_cache_is_not_written(tiny_model, run):
     model = tiny_model(**YARN, mtp_depth=0)
     weights = random_weights(model)
-    cache = jnp.ones((model.layers, 2, 24, model.cache_width))
+    cache = _cache_of(model, jnp.ones((2, 24, model.cache_width)))
     _, after = run(model, weights, _decode, np.zeros((2, 1), np.int32), cache, np.array([[1], [24]]))
+    cache, after = jnp.concatenate(cache), jnp.concatenate(after)
     np.testing.assert_array_equal(after[:, 1], cache[:, 1])
     assert np.abs(np.asarray(after - cache)[:, 0, 1]).min(axis=-1).max() > 0
 
@@ -120,8 +122,9 @@ def test_a_token_past_the_end_of_the_cache_is_not_written(tiny_model, run):
 def test_the_cache_holds_nothing_but_latent_and_key(tiny_model, precision):
     model = tiny_model(precision=precision)
     cache = jax.eval_shape(lambda: Transformer(model, nnx.Rngs(0)).empty_cache(5, 70))
-    assert cache.shape == (model.layers, 5, 70, model.key_value_latent + model.rope_head_dim)
-    assert cache.dtype == jnp.dtype(precision)
+    width = model.key_value_latent + model.rope_head_dim
+    assert [layers.shape for layers in cache] == [(1, 5, 70, width), (2, 5, 70, width)]
+    assert {layers.dtype for layers in cache} == {jnp.dtype(precision)}
 
 
 def _prefilled(model: ModelConfig, run):
@@ -131,9 +134,13 @@ def _prefilled(model: ModelConfig, run):
     """
     weights = random_weights(model)
     tokens = np.random.default_rng(0).integers(0, model.vocabulary, (2, 16)).astype(np.int32)
-    stale = jnp.full((model.layers, 2, 24, model.cache_width), 1e3)
+    stale = _cache_of(model, jnp.full((2, 24, model.cache_width), 1e3))
     whole = np.asarray(run(model, weights, Transformer.__call__, tokens))
     return weights, tokens, whole, run(model, weights, _prefill, tokens[:, :8], stale)
+
+
+def _cache_of(model: ModelConfig, layer_BTX: jax.Array) -> list[jax.Array]:
+    return [jnp.stack([layer_BTX] * count) for count in (model.dense_layers, model.moe_layers) if count]
 
 
 def _prefill(transformer: Transformer, tokens_BS, cache):

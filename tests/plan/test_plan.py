@@ -140,11 +140,15 @@ def test_prefill_and_decode_on_a_mesh_are_those_of_one_device(trace, tiny_model,
     skeleton, rows, positions = skeleton_of(model), 8, 6
     random = np.random.default_rng(0)
     tokens = random.integers(0, model.vocabulary, (rows, positions if trace is traced_prefill else 1)).astype(np.int32)
-    cache = random.normal(size=(model.layers, rows, positions, model.cache_width)).astype(np.float32)
+    cache = [
+        random.normal(size=(count, rows, positions, model.cache_width)).astype(np.float32)
+        for count in (model.dense_layers, model.moe_layers)
+    ]
     arguments = (*jax.device_get(initialize(model, 0)), tokens, cache)
     one, other = (
         jax.device_get(trace(config, skeleton, mesh, rows, positions)[0].lower().compile()(*arguments))
         for mesh in (one_device(), mesh_with(fsdp=2, expert=4))
     )
     np.testing.assert_array_equal(one[0], other[0])
-    np.testing.assert_allclose(one[1], other[1], rtol=1e-5, atol=1e-5)
+    for layers, others in zip(one[1], other[1], strict=True):
+        np.testing.assert_allclose(layers, others, rtol=1e-5, atol=1e-5)
