@@ -31,7 +31,7 @@ from dsv3_jax.model.attention import MultiHeadLatentAttention
 from dsv3_jax.model.layers import FeedForward
 from dsv3_jax.model.moe import MixtureOfExperts
 from dsv3_jax.model.transformer import Transformer
-from dsv3_jax.runtime import set_up_compiler
+from dsv3_jax.runtime import set_up_compiler, use_one_thread
 
 ROUNDS = 5
 
@@ -121,6 +121,7 @@ def main() -> None:
     set_up_compiler()
     (name,) = sys.argv[1:]
     model = load_config(name).model
+    use_one_thread(model)
     _, implementation, precision = baseline.fastest(baseline.decoding_rate, model)
     plain = baseline.build(model, "default", torch.float32)
     best = baseline.build(model, implementation, precision)

@@ -41,6 +41,7 @@ def workdir(tmp_path_factory):
 def run(argv: list[str], monkeypatch) -> int:
     monkeypatch.setattr(sys, "argv", ["infer.py", *argv])
     monkeypatch.setattr(infer, "set_up_compiler", lambda: None)
+    monkeypatch.setattr(infer, "use_one_thread", lambda model: None)
     with pytest.raises(SystemExit) as caught:
         run_main(infer.main)
     return caught.value.code

@@ -1,9 +1,14 @@
 import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
+import pytest
 
-from dsv3_jax.runtime import MULTI_OUTPUT_FUSION, use_multi_output_fusion
+from configs.small import config as small
+from configs.tiny import config as tiny
+from dsv3_jax.runtime import MULTI_OUTPUT_FUSION, THREADS, use_multi_output_fusion, use_one_thread
 
 
 def test_xla_computes_two_results_in_one_pass():
@@ -24,3 +29,27 @@ def test_flags_given_by_the_user_are_kept(monkeypatch):
         use_multi_output_fusion()
         use_multi_output_fusion()
         assert os.environ["XLA_FLAGS"] == expected
+
+
+@pytest.mark.parametrize(("given", "config", "expected"), [(None, tiny, "1"), ("3", tiny, "3"), (None, small, None)])
+def test_a_small_model_gets_one_thread_unless_the_user_says_how_many(monkeypatch, given, config, expected):
+    monkeypatch.setattr(os, "environ", {} if given is None else {THREADS: given})
+    use_one_thread(config.model)
+    assert os.environ.get(THREADS) == expected
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="counts the threads as Linux names them")
+def test_xla_starts_one_thread():
+    script = """
+import pathlib
+from configs.tiny import config
+from dsv3_jax.runtime import use_one_thread
+use_one_thread(config.model)
+import jax
+jax.numpy.ones(3).block_until_ready()
+names = [path.read_text() for path in pathlib.Path("/proc/self/task").glob("*/comm")]
+print(sum("XLAEigen" in name for name in names))
+"""
+    environment = {name: value for name, value in os.environ.items() if name not in (THREADS, "NPROC", "XLA_FLAGS")}
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["1"]

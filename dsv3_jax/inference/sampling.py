@@ -1,11 +1,13 @@
 """From logits to a token: greedy, or drawn at a temperature from the most probable tokens (top-k, top-p)."""
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from dsv3_jax.errors import UserError
@@ -54,13 +56,18 @@ class SamplingInputs(NamedTuple):
 
     @classmethod
     def of(cls, sampling: Sampling, rows: int) -> "SamplingInputs":
-        fold_in = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
         return cls(
-            jnp.float32(sampling.temperature),
-            jnp.int32(sampling.top_k),
-            jnp.float32(sampling.top_p),
-            fold_in(jax.random.key(sampling.seed), jnp.arange(rows)),
+            jnp.asarray(np.float32(sampling.temperature)),
+            jnp.asarray(np.int32(sampling.top_k)),
+            jnp.asarray(np.float32(sampling.top_p)),
+            _streams(np.uint32(sampling.seed), rows),
         )
+
+
+# Compiled: one operation after another takes longer than two tokens of a small model.
+@functools.partial(jax.jit, static_argnums=1)
+def _streams(seed: Array, rows: int) -> Array:
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), jnp.arange(rows))
 
 
 def choose_tokens(logits_BW: Array, inputs: SamplingInputs, positions_B: Array) -> Array:
