@@ -73,8 +73,8 @@ def gathered(shard: Array, dim: int, axes: Sequence[str], dtype: jnp.dtype) -> A
 
 
 def _narrowed(array: Array, dtype: jnp.dtype) -> Array:
-    """Cast when and where it is asked for: of an array that is only ever used in bfloat16, such as a scan's stack of
-    layers, XLA:TPU otherwise makes a copy in bfloat16 before the loop, and keeps both. It does not look through this."""
+    """Cast where it is asked for. Of an array that is only ever used in bfloat16, such as a scan's stack of layers,
+    XLA:TPU otherwise makes a copy in bfloat16 before the loop, and keeps both; it does not look through this."""
     if array.dtype == jnp.float32 and dtype == jnp.bfloat16:
         array = jax.lax.reduce_precision(array, exponent_bits=8, mantissa_bits=7)
     return array.astype(dtype)

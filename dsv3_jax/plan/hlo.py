@@ -99,7 +99,12 @@ def bytes_of(shapes: str) -> float:
 
 def slow_bytes_of(shapes: str) -> float:
     """Of those arrays that are in the main memory."""
-    return sum(size for size, layout in arrays_of(shapes) if not FAST_MEMORY.search(layout))
+    return sum(size for size, layout in arrays_of(shapes) if is_slow(layout))
+
+
+def is_slow(layout: str) -> bool:
+    """Whether an array of this layout is in the main memory."""
+    return not FAST_MEMORY.search(layout)
 
 
 def arrays_of(shapes: str) -> Iterator[tuple[float, str]]:

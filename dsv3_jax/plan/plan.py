@@ -11,9 +11,10 @@ from jax.sharding import Mesh
 from dsv3_jax.config import Config
 from dsv3_jax.layout import mesh_of
 from dsv3_jax.model.functional import skeleton_of
-from dsv3_jax.plan.buffers import Buffer, Memory, bytes_by_part, largest_buffers, memory_of
 from dsv3_jax.plan.collectives import Collective, collectives
 from dsv3_jax.plan.hlo import Program
+from dsv3_jax.plan.liveness import Array, peak_of
+from dsv3_jax.plan.memory import Memory, bytes_by_part, memory_of
 from dsv3_jax.plan.operations import matrix_flops
 from dsv3_jax.plan.programs import traced_decode, traced_prefill, traced_training_step
 from dsv3_jax.plan.roofline import Times, times
@@ -24,6 +25,7 @@ from sharding.mesh import row_shards
 from sharding.rules import EXPERT_AXES
 
 Kind = Literal["train", "prefill", "decode"]
+LARGEST = 12
 
 
 class Work(NamedTuple):
@@ -47,7 +49,8 @@ class Plan(NamedTuple):
     """Bytes of main memory at the peak; where it does not fit, what the compiler says it would take."""
     memory: Memory | None
     """None, as all that follows, where it does not fit: there is no program then."""
-    buffers: list[Buffer]
+    at_peak: list[Array]
+    """The largest arrays that exist when most memory is in use, as far as the program's text tells."""
     flops: dict[str, float]
     """FLOPs of a device's matrix products, by type."""
     traffic: float | None
@@ -106,7 +109,7 @@ def make_plan(work: Work, compile_it: Callable[[jax.stages.Lowered], tuple[jax.s
         state,
         memory.peak,
         memory,
-        largest_buffers(program),
+        peak_of(program).arrays[:LARGEST],
         flops,
         traffic,
         found,
@@ -174,7 +177,7 @@ def summary(plan: Plan) -> dict[str, Any]:
         "memory_capacity": plan.capacity,
         "memory": plan.memory._asdict() if plan.memory else None,
         "state": plan.state,
-        "largest_buffers": [buffer._asdict() for buffer in plan.buffers],
+        "at_peak": [array._asdict() for array in plan.at_peak],
         "flops": plan.flops,
         "model_flops": plan.model_flops,
         "memory_traffic": plan.traffic,

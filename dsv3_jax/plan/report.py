@@ -41,10 +41,8 @@ def _memory(plan: Plan) -> list[str]:
     lines += [f"  {_gib(size):>8}  {name}" for name, size in plan.state.items() if size >= 2**20]
     if plan.memory:
         lines.append(f"  {_gib(plan.memory.temporary):>8}  temporary, for which most of the time less is needed")
-        lines.append("largest results, not all at one time:")
-        lines += [
-            f"  {_gib(buffer.bytes):>8}  {buffer.results} x {buffer.shape}  {buffer.origin}" for buffer in plan.buffers
-        ]
+        lines.append("the largest arrays at the peak:")
+        lines += [f"  {_gib(array.bytes):>8}  {array.shape}  {array.origin}" for array in plan.at_peak]
     return lines
 
 

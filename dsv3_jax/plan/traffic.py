@@ -55,13 +55,14 @@ def _moved_by_fusion(fusion: Instruction, program: Program) -> float:
     read = 0.0
     for parameter in program.computations[inside]:
         if parameter.opcode == "parameter":
-            operand = fusion.operands[_place(parameter)]
+            operand = fusion.operands[place_of(parameter)]
             if slow_bytes_of(program.types[fusion.computation, operand]):
                 read += min(bytes_of(parameter.result), _read_of(parameter, program))
     return read + (_written(inside, program) if slow_bytes_of(fusion.result) else 0.0)
 
 
-def _place(parameter: Instruction) -> int:
+def place_of(parameter: Instruction) -> int:
+    """Which of the operands it is."""
     return int(parameter.rest.partition(")")[0])
 
 
@@ -76,7 +77,7 @@ def _read_of(array: Instruction, program: Program) -> float:
             read += _read_of(user, program)
         elif user.opcode == "fusion":
             for parameter in program.computations[called_by(user)[0]]:
-                if parameter.opcode == "parameter" and user.operands[_place(parameter)] == array.name:
+                if parameter.opcode == "parameter" and user.operands[place_of(parameter)] == array.name:
                     read += _read_of(parameter, program)
         elif user.opcode != "dynamic-update-slice" or user.operands[0] != array.name:
             return bytes_of(array.result)

@@ -16,9 +16,10 @@ from dsv3_jax.command_line import load_config
 from dsv3_jax.errors import ArgumentError
 from dsv3_jax.model.functional import initialize, skeleton_of
 from dsv3_jax.plan.__main__ import parse_plan
-from dsv3_jax.plan.buffers import Buffer, Memory, bytes_by_part
 from dsv3_jax.plan.chips import CHIPS, GIB
 from dsv3_jax.plan.collectives import Collective
+from dsv3_jax.plan.liveness import Array
+from dsv3_jax.plan.memory import Memory, bytes_by_part
 from dsv3_jax.plan.plan import Plan, Work, summary, what_would_fit
 from dsv3_jax.plan.programs import traced_decode, traced_prefill
 from dsv3_jax.plan.report import report
@@ -44,7 +45,7 @@ def _plan(needed: float, microbatches: int = 120, remat: str = "block", fits: bo
     if not fits:
         return Plan(work, state, needed, None, [], {"bfloat16": 1e15}, None, [], None, 1e15, None)
     return Plan(
-        work, state, needed, Memory(40 * GIB, 37 * GIB, needed), [Buffer(2.0 * GIB, 3, "f32[4]", "mul")],
+        work, state, needed, Memory(40 * GIB, 37 * GIB, needed), [Array(2.0 * GIB, "f32[4]", "mul")],
         {"bfloat16": 1.4e15}, 6e12, [Collective("all-gather", ("fsdp",), 58, 1e6)], Times(3.0, 2.2, 1.0, 0.0), 1e15, 99,
     )  # fmt: skip
 
@@ -70,7 +71,7 @@ def test_the_report_of_a_plan_that_fits_names_its_bound_and_of_one_that_does_not
         "train on v5p:4x4x8, 128 chips: mesh fsdp 2 x expert 64; 15360 rows of 4096 tokens in 120 microbatches",
         "77.00 at the peak of 95.00: fits",
         "20.00  parameters",
-        "3 x f32[4]  mul",
+        "2.00  f32[4]  mul",
         "0.06      58  all-gather over fsdp (1 in the program)",
         "1.40 times the model's own 1e+15",
         "3,000.0 ms  matrix products  <- the bound",
