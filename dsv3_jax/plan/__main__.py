@@ -23,7 +23,6 @@ from dsv3_jax.errors import ArgumentError
 from dsv3_jax.plan.plan import Kind, make_plan, plan_work, summary
 from dsv3_jax.plan.report import report
 from dsv3_jax.plan.topology import set_up_libtpu, topology
-from dsv3_jax.runtime import use_compilation_cache
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,6 @@ class PlanArguments:
 
 def main() -> None:
     arguments = parse_plan(sys.argv[1:])
-    use_compilation_cache()
     machine = topology(arguments.topology, arguments.slices)
     work = plan_work(arguments.config, machine, arguments.program, arguments.rows, arguments.positions)
     plan = make_plan(work, compiled_in_sight)

@@ -72,9 +72,9 @@ def test_the_report_of_a_plan_that_fits_names_its_bound_and_of_one_that_does_not
         "77.00 at the peak of 95.00: fits",
         "20.00  parameters",
         "2.00  f32[4]  mul",
-        "0.06      58  all-gather over fsdp (1 in the program)",
+        "0.058      58  all-gather over fsdp (1 in the program)",
         "1.40 times the model's own 1e+15",
-        "3,000.0 ms  matrix products  <- the bound",
+        "3,000 ms  matrix products  <- the bound",
         "at most 73% model-FLOP utilisation",
     ):
         assert part in text, part
