@@ -99,8 +99,9 @@ class ModelConfig:
     """Standard deviation of every weight at the start (V3 section 4.2)."""
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     """Type the matmuls compute in; parameters, router, norm statistics, softmax and losses stay float32."""
-    remat: Literal["none", "block"] = "block"
-    """What backward recomputes: nothing, or everything inside each block."""
+    remat: Literal["none", "up_projections", "block"] = "block"
+    """What backward recomputes: nothing; norms, MLA's up-projections and SwiGLU (V3 section 3.2.3), keeping latents,
+    attention's output and the inputs of SwiGLU; or everything inside each block."""
     dispatch_factor: float = 2.0
     """Rows of tokens that a device takes in for its experts at one time, as a multiple of what balanced routing would
     send it. Nothing is dropped: what does not fit waits for another round."""

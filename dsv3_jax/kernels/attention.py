@@ -6,11 +6,15 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax.kernels import attention_blocks
 from dsv3_jax.kernels.attention_blocks import product
 from sharding.collectives import spread_alike
 from sharding.mesh import platform
+
+OUTPUT = "attention"
+"""The name of what the gradient needs of the forward pass, for a backward pass that recomputes all but named values."""
 
 
 def causal_attention(
@@ -68,7 +72,7 @@ def _causal(query_BHSd: Array, key_BHSd: Array, value_BHSV: Array, segment_ids_B
 
 def _forward(query_BHSd, key_BHSd, value_BHSV, segment_ids_BS, scale):
     inputs = query_BHSd, key_BHSd, value_BHSV, segment_ids_BS
-    output_BHSV, log_sum_BHS = _kernels().forward(*inputs, scale)
+    output_BHSV, log_sum_BHS = (checkpoint_name(x, OUTPUT) for x in _kernels().forward(*inputs, scale))
     return output_BHSV, (*inputs, output_BHSV, log_sum_BHS)
 
 

@@ -5,7 +5,9 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
+from dsv3_jax.kernels.attention import OUTPUT
 from sharding.collectives import axis_size, spread_alike, spread_like
 from sharding.context import CONTEXT_AXES, context_chunks
 
@@ -65,8 +67,9 @@ def _forward(query_BHSd, key_BHTd, value_BHTV, segment_ids, scale):
         return tuple(x.at[mine].set(new) for x, new in zip(carry, updated, strict=True)), None
 
     (largest, total, mixed), _ = jax.lax.scan(product, start, jnp.arange(_steps()))
-    output = _joined(mixed / total).astype(value_BHTV.dtype)
-    return output, (query_BHSd, key_BHTd, value_BHTV, segment_ids, output, largest + jnp.log(total))
+    output, log_sum = _joined(mixed / total).astype(value_BHTV.dtype), largest + jnp.log(total)
+    output, log_sum = (checkpoint_name(x, OUTPUT) for x in (output, log_sum))
+    return output, (query_BHSd, key_BHTd, value_BHTV, segment_ids, output, log_sum)
 
 
 def _backward(scale, saved, gradient_BHSV):

@@ -11,7 +11,7 @@ from jax import Array
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.kernels.attention import absorbed_attention, causal_attention
 from dsv3_jax.kernels.context_attention import context_attention
-from dsv3_jax.model.layers import RMSNorm, contract, parameter, whole
+from dsv3_jax.model.layers import RMSNorm, contract, kept, parameter, whole
 from dsv3_jax.model.rope import Rotation, rotate, softmax_scale
 from sharding.collectives import axis_size, summed
 from sharding.context import CONTEXT_AXES, context_whole
@@ -90,7 +90,7 @@ class MultiHeadLatentAttention(nnx.Module):
 
     def latent(self, x_BSD: Array, by: Rotation) -> Array:
         """What the cache keeps of each token: the normed latent (C) and the rotated, un-normed shared key (R)."""
-        down_BSX = self._contract("bsd,dx->bsx", x_BSD, self.key_value_down)
+        down_BSX = kept(self._contract("bsd,dx->bsx", x_BSD, self.key_value_down), "latent")
         latent_BSC, rope_BSR = jnp.split(down_BSX, [self.model.key_value_latent], axis=-1)
         return jnp.concatenate([self.key_value_norm(latent_BSC), rotate(rope_BSR, by)], axis=-1)
 
@@ -112,7 +112,7 @@ class MultiHeadLatentAttention(nnx.Module):
         if self.model.query_latent is None:
             query_BSHd = self._contract("bsd,dhe->bshe", x_BSD, self.query)
         else:
-            latent_BSQ = self.query_norm(self._contract("bsd,dq->bsq", x_BSD, self.query_down))
+            latent_BSQ = self.query_norm(kept(self._contract("bsd,dq->bsq", x_BSD, self.query_down), "latent"))
             query_BSHd = self._contract("bsq,qhe->bshe", latent_BSQ, self.query_up)
         nope_BSHP, rope_BSHR = jnp.split(query_BSHd, [self.model.nope_head_dim], axis=-1)
         return nope_BSHP, rotate(rope_BSHR, by)

@@ -6,7 +6,7 @@ from jax import Array
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.attention import MultiHeadLatentAttention
-from dsv3_jax.model.layers import FeedForward, RMSNorm
+from dsv3_jax.model.layers import FeedForward, RMSNorm, kept
 from dsv3_jax.model.moe import MixtureOfExperts, RouterStatistics
 from dsv3_jax.model.rope import Rotation
 from sharding.collectives import summed
@@ -32,7 +32,7 @@ class Block(nnx.Module):
     ) -> tuple[Array, Array, RouterStatistics | None]:
         """Whole rows. Returns the residual stream, what a cache keeps [B, S, C + R], and a MoE block's statistics."""
         attended_BSD, latent_BSX = self.attention(self.attention_norm(x_BSD), by, segment_ids_BS)
-        x_BSD, statistics = self._feed(x_BSD + attended_BSD, valid_BS)
+        x_BSD, statistics = self._feed(kept(x_BSD + attended_BSD, "attended"), valid_BS)
         return x_BSD, latent_BSX, statistics
 
     def decode(self, x_BSD: Array, by: Rotation, cache_BTX: Array, positions_BS: Array) -> tuple[Array, Array]:

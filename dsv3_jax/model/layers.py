@@ -8,11 +8,31 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
+from dsv3_jax.kernels import attention
 from sharding.collectives import gathered
 from sharding.rules import stored_dim
 
 M = TypeVar("M", bound=nnx.Module)
+
+Remat = Literal["none", "up_projections", "block"]
+KEPT = (attention.OUTPUT, "latent", "attended", "swiglu_input", "mtp")
+"""What the backward pass does not recompute with remat "up_projections", by the names given to `kept`."""
+
+
+def kept(x: Array, name: str) -> Array:
+    """x, one of those named in KEPT."""
+    assert name in KEPT
+    return checkpoint_name(x, name)
+
+
+def recomputed(function: Callable, remat: Remat, *, prevent_cse: bool = True) -> Callable:
+    """`function`, of which the backward pass recomputes what `remat` says."""
+    if remat == "none":
+        return function
+    policy = jax.checkpoint_policies.save_only_these_names(*KEPT) if remat == "up_projections" else None
+    return jax.checkpoint(function, prevent_cse=prevent_cse, policy=policy)
 
 
 class RouterBias(nnx.Variable):
@@ -75,6 +95,7 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x_BSD: Array) -> Array:
         gate_and_up = contract("bsd,dcf->bscf", x_BSD, whole(self.gate_up, self.dtype), self.dtype)
+        gate_and_up = kept(gate_and_up, "swiglu_input")
         return contract("bsf,fd->bsd", swiglu(gate_and_up), whole(self.down, self.dtype), self.dtype)
 
 
@@ -127,12 +148,12 @@ def scan_stack(
     body: Callable[[Any, Any, Any], tuple[Any, Any]],
     carry: Any,
     inputs: Any = None,
-    remat: Literal["none", "block"] = "none",
+    remat: Remat = "none",
 ) -> tuple[Any, Any]:
     """Scan `body(block, carry, input) -> (carry, output)` over the layers of a stack: one compiled body for any depth.
 
-    Returns the last carry and the outputs; these and the inputs have a leading "layers" dim. With remat "block" the
-    backward pass recomputes a block from its carry. An unstacked stack is compiled layer by layer, its inputs and
+    Returns the last carry and the outputs; these and the inputs have a leading "layers" dim. The backward
+    pass recomputes what `remat` says. An unstacked stack is compiled layer by layer, its inputs and
     outputs are lists.
     """
     if isinstance(stacked, nnx.List):
@@ -148,8 +169,8 @@ def scan_stack(
         block = nnx.merge(structure, _map_variables(lambda axes: axes[1:], layer_state))
         return body(block, carry, layer_input)
 
-    if remat == "block":
-        step = jax.checkpoint(step, prevent_cse=False)
+    # Of a loop's body the compiler does not see that what it recomputes was there before.
+    step = recomputed(step, remat, prevent_cse=False)
     return jax.lax.scan(step, carry, (state, inputs))
 
 

@@ -9,7 +9,7 @@ from jax import Array
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.kernels.grouped_matmul import chosen_matmul, grouped_matmul
 from dsv3_jax.kernels.weighted_swiglu import weighted_swiglu
-from dsv3_jax.model.layers import FeedForward, parameter, whole
+from dsv3_jax.model.layers import FeedForward, kept, parameter, whole
 from dsv3_jax.model.router import Router, balance_loss, expert_load
 from sharding.collectives import axis_size, spread
 from sharding.dispatch import Routes, through_experts
@@ -50,6 +50,7 @@ def answered(matrices: tuple[Array, Array], rows_MD: Array, weights_M: Array, gr
     """
     gate_up_eDcF, down_eFD = matrices
     gate_and_up_MG = grouped_matmul(rows_MD, gate_up_eDcF.reshape(*gate_up_eDcF.shape[:2], -1), group_sizes_e)
+    gate_and_up_MG = kept(gate_and_up_MG, "swiglu_input")
     return grouped_matmul(weighted_swiglu(gate_and_up_MG, weights_M), down_eFD, group_sizes_e)
 
 

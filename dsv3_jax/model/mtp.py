@@ -1,13 +1,12 @@
 """Multi-token prediction: module k predicts the token k + 1 further on from the state before it (V3 section 2.2)."""
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.block import Block
-from dsv3_jax.model.layers import RMSNorm, contract, parameter, whole
+from dsv3_jax.model.layers import RMSNorm, contract, kept, parameter, recomputed, whole
 from dsv3_jax.model.moe import RouterStatistics
 from dsv3_jax.model.rope import Rotation
 
@@ -44,12 +43,10 @@ class MultiTokenPrediction(nnx.Module):
         def predict(module: "MultiTokenPrediction", hidden_BSD: Array, embedded_BSD: Array):
             combined_BSD = module.combine(hidden_BSD, embedded_BSD)
             x_BSD, _, statistics = module.block(combined_BSD, by, segment_ids_BS, valid_BS)
-            return module.norm(x_BSD), statistics
+            return module.norm(kept(x_BSD, "mtp")), statistics
 
-        if self.model.remat == "none":
-            return predict(self, hidden_BSD, embedded_BSD)
         structure, state = nnx.split(self)
-        return jax.checkpoint(lambda state, *inputs: predict(nnx.merge(structure, state), *inputs))(
+        return recomputed(lambda state, *inputs: predict(nnx.merge(structure, state), *inputs), self.model.remat)(
             state, hidden_BSD, embedded_BSD
         )
 
@@ -60,4 +57,4 @@ class MultiTokenPrediction(nnx.Module):
         """
         both = jnp.concatenate([self.embedding_norm(embedded_BSD), self.hidden_norm(hidden_BSD)], axis=-1)
         dtype = jnp.dtype(self.model.precision)
-        return contract("bsd,de->bse", both, whole(self.projection, dtype), dtype)
+        return kept(contract("bsd,de->bse", both, whole(self.projection, dtype), dtype), "mtp")

@@ -145,7 +145,7 @@ def what_would_fit(plan: Plan) -> list[str]:
         )
     elif at_once > 1:
         options.append(f"--rows={shards}: one row a device instead of {at_once}")
-    if work.kind == "train" and work.config.model.remat == "none":
+    if work.kind == "train" and work.config.model.remat != "block":
         options.append("--model.remat=block: activations inside blocks computed again instead of kept")
     # Over more devices state and gradients become smaller, activations do not.
     divided = sum(plan.state.values()) + (plan.state["parameters"] if work.kind == "train" else 0.0)

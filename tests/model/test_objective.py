@@ -88,9 +88,10 @@ def test_every_gradient_is_the_slope_of_the_objective(case):
         assert found == pytest.approx(slope, rel=2e-4), jax.tree_util.keystr(path)
 
 
+@pytest.mark.parametrize("remat", ["up_projections", "block"])
 @pytest.mark.parametrize("case", ["v3"], indirect=True)
-def test_trap_R12_recomputing_blocks_changes_neither_loss_nor_gradients(case):
-    recomputed = Case(dataclasses.replace(case.model, remat="block"))
+def test_trap_R12_recomputing_blocks_changes_neither_loss_nor_gradients(case, remat):
+    recomputed = Case(dataclasses.replace(case.model, remat=remat))
     assert float(recomputed.value) == pytest.approx(float(case.value), rel=1e-6)
     for ours, plain in zip(jax.tree.leaves(recomputed.gradients), jax.tree.leaves(case.gradients), strict=True):
         np.testing.assert_allclose(ours, plain, atol=2e-6 * np.abs(np.asarray(plain)).max())

@@ -8,8 +8,13 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec
 
+from configs.tiny import config as tiny
+from dsv3_jax.kernels import grouped_matmul
+from dsv3_jax.model.functional import skeleton_of
 from dsv3_jax.plan.operations import matrix_flops
-from sharding.mesh import on_mesh
+from dsv3_jax.plan.programs import traced_training_step
+from dsv3_jax.training.flops import model_flops_per_token
+from sharding.mesh import on_mesh, one_device
 
 
 def _flops(function, *arguments, filled: float = 1.0):
@@ -88,25 +93,37 @@ def test_on_a_mesh_it_is_what_one_device_does(mesh_with):
     assert _flops(function, jnp.ones((8 * 6, 10)), W) == {"float32": ONE}
 
 
-def test_a_training_step_counts_the_models_flops_and_what_its_attention_computes_besides(monkeypatch):
-    """As for a TPU, with kernels over grouped rows: without recomputation, the formula, attention aside."""
-    from configs.tiny import config as tiny
-    from dsv3_jax.kernels import attention, grouped_matmul
-    from dsv3_jax.model.functional import skeleton_of
-    from dsv3_jax.plan.programs import traced_training_step
-    from dsv3_jax.training.flops import model_flops_per_token
-    from sharding.mesh import one_device
+@pytest.fixture
+def step_flops(monkeypatch):
+    """`step_flops(remat)`: of a step of two rows of 64 tokens, with grouped products that can be counted."""
+    monkeypatch.setattr(grouped_matmul, "platform", lambda: "gpu")
+    training = dataclasses.replace(tiny.training, batch_size=2, sequence_length=64, tokens=4096)
 
-    config = dataclasses.replace(
-        tiny, training=dataclasses.replace(tiny.training, batch_size=2, sequence_length=64, tokens=4096)
-    )
-    for module in (grouped_matmul, attention):
-        monkeypatch.setattr(module, "platform", lambda: "gpu", raising=False)
-    traced, _ = traced_training_step(config, skeleton_of(config.model), one_device())
-    counted = sum(matrix_flops(traced.jaxpr.jaxpr).values())
-    model, tokens = config.model, 2 * 64
+    def count(remat: str) -> float:
+        model = dataclasses.replace(tiny.model, remat=remat)
+        config = dataclasses.replace(tiny, model=model, training=training)
+        traced, _ = traced_training_step(config, skeleton_of(model), one_device())
+        return sum(matrix_flops(traced.jaxpr.jaxpr).values())
+
+    return count
+
+
+def test_a_training_step_counts_the_models_flops_and_what_its_attention_computes_besides(step_flops):
+    """Without recomputation it is the formula, attention aside."""
+    counted, model, tokens = step_flops("none"), tiny.model, 2 * 64
     heads = model.heads * (model.query_key_head_dim + model.value_head_dim)
     formula = model_flops_per_token(model, 64) - 3 * 2 * (model.layers + 1) * heads * 65 / 2
     # Forward two products of S x S a head; backward the first again, and two for each of them.
     squares = 2 * 64 * (model.layers + 1) * (heads + model.heads * model.query_key_head_dim + 2 * heads)
     assert counted == pytest.approx(tokens * (formula + squares), rel=1e-9)
+
+
+def test_up_projections_and_the_router_are_all_that_is_multiplied_again_where_they_alone_are_recomputed(step_flops):
+    """V3 section 3.2.3: norms and MLA's up-projections, and SwiGLU, which is no product."""
+    model, tokens = tiny.model, 2 * 64
+    query_up = model.query_latent * model.heads * model.query_key_head_dim
+    key_value_up = model.key_value_latent * model.heads * (model.nope_head_dim + model.value_head_dim)
+    routers = (model.moe_layers + model.mtp_depth) * model.width * model.experts
+    again = 2 * tokens * ((model.layers + model.mtp_depth) * (query_up + key_value_up) + routers)
+    assert step_flops("up_projections") - step_flops("none") == again
+    assert step_flops("block") - step_flops("none") > 2 * again
