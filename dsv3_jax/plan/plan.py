@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from dsv3_jax.config import Config
 from dsv3_jax.layout import mesh_of
-from dsv3_jax.model.functional import skeleton_of
+from dsv3_jax.model.functional import abstract_trees, logical_axes, skeleton_of
 from dsv3_jax.plan.collectives import Collective, collectives
 from dsv3_jax.plan.hlo import Program
 from dsv3_jax.plan.liveness import Array, peak_of
@@ -21,8 +21,8 @@ from dsv3_jax.plan.roofline import Times, times
 from dsv3_jax.plan.topology import Topology
 from dsv3_jax.plan.traffic import memory_traffic
 from dsv3_jax.training.flops import forward_flops, model_flops_per_token
-from sharding.mesh import row_shards
-from sharding.rules import EXPERT_AXES
+from sharding.mesh import LayoutError, row_shards
+from sharding.rules import EXPERT_AXES, check_layout
 
 Kind = Literal["train", "prefill", "decode"]
 LARGEST = 12
@@ -150,15 +150,23 @@ def what_would_fit(plan: Plan) -> list[str]:
     # Over more devices state and gradients become smaller, activations do not.
     divided = sum(plan.state.values()) + (plan.state["parameters"] if work.kind == "train" else 0.0)
     for times_as_many in (2, 4, 8, 16, 32):
-        needed = plan.needed - divided * (1 - 1 / times_as_many)
-        if needed <= plan.capacity:
-            axis = work.mesh.shape.get("fsdp", 1) * times_as_many
-            options.append(
-                f"{work.machine.chips * times_as_many} chips with "
-                f"--mesh.fsdp={axis}: about {needed / 2**30:.0f} GiB, by arithmetic"
-            )
+        needed, pieces = plan.needed - divided * (1 - 1 / times_as_many), work.mesh.shape.get("fsdp", 1) * times_as_many
+        if needed <= plan.capacity and _divides(work.config, {**work.mesh.shape, "fsdp": pieces}):
+            chips = work.machine.chips * times_as_many
+            options.append(f"{chips} chips with --mesh.fsdp={pieces}: about {needed / 2**30:.0f} GiB, by arithmetic")
             break
     return options
+
+
+def _divides(config: Config, sizes: dict[str, int]) -> bool:
+    """Whether the parameters can be divided over such a mesh."""
+    skeleton = skeleton_of(config.model)
+    try:
+        mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+        check_layout(abstract_trees(skeleton)[0], logical_axes(skeleton), mesh)
+    except LayoutError:
+        return False
+    return True
 
 
 def summary(plan: Plan) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def _work(plan: Plan) -> str:
 def _memory(plan: Plan) -> list[str]:
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     lines = [f"memory, GiB a device: {_gib(plan.needed)} at the peak of {_gib(plan.capacity)}: {verdict}"]
-    lines += [f"  {_gib(size):>8}  {name}" for name, size in plan.state.items() if size]
+    lines += [f"  {_gib(size):>8}  {name}" for name, size in plan.state.items() if size >= 2**10]
     if plan.memory:
         lines.append(f"  {_gib(plan.memory.temporary):>8}  temporary, for which most of the time less is needed")
         lines.append("the largest arrays at the peak:")
@@ -49,7 +49,9 @@ def _memory(plan: Plan) -> list[str]:
 def _collectives(plan: Plan) -> list[str]:
     lines = ["collectives, what one device sends:", f"  {'GB':>8}  {'runs':>6}  kind and axes"]
     for (kind, axes), (count, executions, sent) in collectives_by_kind(plan.collectives).items():
-        lines.append(f"  {sent / 1e9:8.3g}  {executions:6}  {kind} over {', '.join(axes)} ({count} in the program)")
+        lines.append(
+            f"  {_number(sent / 1e9):>8}  {executions:6}  {kind} over {', '.join(axes)} ({count} in the program)"
+        )
     return lines
 
 
@@ -58,12 +60,12 @@ def _times(plan: Plan) -> list[str]:
     chip, flops = plan.work.machine.chip, sum(plan.flops.values())
     lines = [
         f"at {chip.name}'s full rates: {flops:.3g} FLOPs of matrix products ({flops / plan.model_flops:.2f} times the "
-        f"model's own {plan.model_flops:.3g}), {plan.traffic / 1e9:,.4g} GB of memory traffic"
+        f"model's own {plan.model_flops:.3g}), {_number(plan.traffic / 1e9)} GB of memory traffic"
     ]
     for name, words in TIMES.items():
         seconds = getattr(plan.times, name)
         bound = "  <- the bound" if name == plan.times.bound else ""
-        lines.append(f"  {seconds * 1e3:10,.4g} ms  {words}{bound}")
+        lines.append(f"  {_number(seconds * 1e3):>10} ms  {words}{bound}")
     best, worst = (utilisation(plan.model_flops, s, chip) for s in (plan.times.overlapped, plan.times.in_turn))
     tokens = plan.work.rows * (1 if plan.work.kind == "decode" else plan.work.positions)
     lines.append(
@@ -71,6 +73,11 @@ def _times(plan: Plan) -> list[str]:
         f"overlaps, {worst:.0%} if nothing does; compiled in {plan.compile_seconds:.0f} s"
     )
     return lines
+
+
+def _number(value: float) -> str:
+    """Three digits of a small one, all of a large one."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _gib(size: float) -> str:

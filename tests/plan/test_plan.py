@@ -63,6 +63,8 @@ def test_what_does_not_fit_says_what_would_the_cheapest_first():
 def test_where_one_row_is_too_much_only_more_chips_help():
     assert [option.partition(" with")[0] for option in what_would_fit(_plan(needed=120 * GIB))] == ["256 chips"]
     assert what_would_fit(_plan(needed=300 * GIB)) == []
+    # 2048 pieces would do, but a latent of 512 cannot be cut into so many.
+    assert what_would_fit(_plan(needed=148 * GIB)) == []
 
 
 def test_the_report_of_a_plan_that_fits_names_its_bound_and_of_one_that_does_not_what_would():
