@@ -16,6 +16,7 @@ from dsv3_jax.layout import mesh_of
 from dsv3_jax.model.functional import skeleton_of
 from dsv3_jax.plan.collectives import collectives
 from dsv3_jax.plan.hlo import Program
+from dsv3_jax.training.checkpoint import Checkpoints
 from dsv3_jax.training.losses import Batch
 from dsv3_jax.training.state import TrainState, abstract_state, initial_state, state_specs
 from dsv3_jax.training.step import StepMetrics, make_train_step
@@ -220,3 +221,23 @@ def test_the_compiled_step_has_the_collectives_the_layout_needs_and_no_other(nam
         (each.kind, each.axes) for each in collectives(Program(trained.compiled.as_text()), trained.mesh)
     )
     assert found == COLLECTIVES[name]
+
+
+def test_a_checkpoint_of_one_layout_is_read_on_another_value_for_value(tmp_path):
+    """8 devices -> 4 -> 1 -> 8: pieces over experts, over both, whole, and over fsdp."""
+    skeleton, wanted = skeleton_of(MODEL), jax.device_get(_trained(*LAYOUTS["expert 8"].items()).last)
+    state = _trained(*LAYOUTS["expert 8"].items()).last
+    for step, sizes in enumerate([{"fsdp": 2, "expert": 2}, {}, {"fsdp": 8}], start=1):
+        config = _config(sizes)
+        checkpoints = Checkpoints(tmp_path, config, "{}")
+        checkpoints.save(step, state, {})
+        checkpoints.close()
+        devices = jax.devices()[: int(np.prod(list(sizes.values()), dtype=int))]
+        mesh = mesh_of(config, skeleton, devices)
+        restored = Checkpoints(tmp_path, config, "{}").restore_latest(abstract_state(config, skeleton, mesh))
+        assert restored is not None and restored.step == step
+        state = restored.state
+        placed = shardings(mesh, state_specs(config, skeleton, mesh))
+        for leaf, place, expected in zip(*map(jax.tree.leaves, (state, placed, wanted)), strict=True):
+            assert leaf.sharding == place
+            np.testing.assert_array_equal(leaf, expected)
