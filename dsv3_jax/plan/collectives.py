@@ -15,6 +15,10 @@ KINDS = "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-
 # What XLA:TPU makes of a reduce-scatter: an all-reduce and a slice, fused into one that sends no more than needed.
 FUSED_REDUCE_SCATTER = "all-reduce-scatter"
 
+# The program of several slices is that of each of them, and knows its own devices alone; what it tells the other slices
+# is sent by the hosts.
+BETWEEN_SLICES = r'_xla_megascale_transfer_type="(\w+)"'
+
 
 class Collective(NamedTuple):
     kind: str
@@ -30,12 +34,18 @@ class Collective(NamedTuple):
 
 def collectives(program: Program, mesh: Mesh) -> list[Collective]:
     """Every collective of a program that was compiled for this mesh."""
-    groups_of = _axes_by_groups(mesh)
+    shape = _shape_of_slice(mesh)
+    crossing = tuple(axis for axis, size in zip(mesh.axis_names, shape, strict=True) if size < mesh.shape[axis])
+    groups_of = _axes_by_groups(mesh, shape)
     found = []
     for instruction in program:
         kind = instruction.opcode.removesuffix("-start")
-        if kind in KINDS:
-            axes = _axes(instruction.rest, mesh, groups_of)
+        if kind == "send" and (between := re.search(BETWEEN_SLICES, instruction.rest)):
+            sent = bytes_of(program.types[instruction.computation, instruction.operands[0]])
+            name = between.group(1).lower().replace("_", "-")
+            found.append(Collective(name, crossing, program.executions[instruction.computation], sent))
+        elif kind in KINDS:
+            axes = _axes(instruction.rest, mesh, shape, groups_of)
             devices = math.prod(mesh.shape[axis] for axis in axes)
             bytes_sent = _bytes_sent(instruction, kind, devices, program)
             if instruction.computation.startswith(FUSED_REDUCE_SCATTER):
@@ -59,37 +69,46 @@ def _bytes_sent(instruction: Instruction, kind: str, devices: int, program: Prog
     return size * (devices - 1) / devices * (2 if kind == "all-reduce" else 1)
 
 
-def _axes(attributes: str, mesh: Mesh, axes_by_groups: dict[frozenset, tuple[str, ...]]) -> tuple[str, ...]:
+def _axes(
+    attributes: str, mesh: Mesh, shape: tuple[int, ...], axes_by_groups: dict[frozenset, tuple[str, ...]]
+) -> tuple[str, ...]:
     """From replica_groups={{0,1},{2,3}}, [2,2]<=[2,2]T(1,0) or mesh['data'=2,'fsdp'=2] {'fsdp'}, or from pairs."""
     if named := re.search(r"replica_groups=mesh\[.*?\] \{(.*?)\}", attributes):
         names = re.findall(r"'(\w+)'", named.group(1))
         return tuple(axis for axis in mesh.axis_names if axis in names)
     if counted := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
-        shape, dims, order = counted.groups()
+        written, dims, order = counted.groups()
         ids = np.arange(math.prod(_numbers(dims))).reshape(_numbers(dims))
-        groups = (ids.transpose(_numbers(order)) if order else ids).reshape(_numbers(shape)).tolist()
+        groups = (ids.transpose(_numbers(order)) if order else ids).reshape(_numbers(written)).tolist()
         return axes_by_groups[_as_sets(groups)]
     listed = re.search(r"(replica_groups|source_target_pairs)=\{((?:\{[\d,]+\},?)+)\}", attributes)
     if not listed:
         raise ValueError(f"no devices named in {attributes}")
     groups = [_numbers(group) for group in re.findall(r"\{([\d,]+)\}", listed.group(2))]
-    return axes_by_groups[_as_sets(groups)] if listed.group(1) == "replica_groups" else _axes_of_pairs(groups, mesh)
+    return (
+        axes_by_groups[_as_sets(groups)] if listed.group(1) == "replica_groups" else _axes_of_pairs(groups, mesh, shape)
+    )
 
 
-def _axes_by_groups(mesh: Mesh) -> dict[frozenset, tuple[str, ...]]:
-    """The axes along which the members of each group differ, by the groups; devices by their place in the mesh."""
-    places, table = np.arange(mesh.size).reshape(mesh.devices.shape), {}
+def _shape_of_slice(mesh: Mesh) -> tuple[int, ...]:
+    """Devices of one slice along each axis: the mesh itself, unless it is of several slices."""
+    slices = np.vectorize(lambda device: getattr(device, "slice_index", 0) or 0, otypes=[int])(mesh.devices)
+    return tuple(len(np.unique(places)) for places in np.nonzero(slices == slices.flat[0]))
+
+
+def _axes_by_groups(mesh: Mesh, shape: tuple[int, ...]) -> dict[frozenset, tuple[str, ...]]:
+    """The axes along which the members of each group differ, by the groups; devices by their place in a slice."""
+    places, table = np.arange(math.prod(shape)).reshape(shape), dict[frozenset, tuple[str, ...]]()
     for count in range(1, places.ndim + 1):
         for dims in itertools.combinations(range(places.ndim), count):
             rest = [dim for dim in range(places.ndim) if dim not in dims]
             size = math.prod(places.shape[dim] for dim in dims)
             groups = places.transpose(*rest, *dims).reshape(-1, size).tolist()
-            table[_as_sets(groups)] = tuple(mesh.axis_names[dim] for dim in dims)
+            table.setdefault(_as_sets(groups), tuple(mesh.axis_names[dim] for dim in dims))
     return table
 
 
-def _axes_of_pairs(pairs: list[list[int]], mesh: Mesh) -> tuple[str, ...]:
-    shape = mesh.devices.shape
+def _axes_of_pairs(pairs: list[list[int]], mesh: Mesh, shape: tuple[int, ...]) -> tuple[str, ...]:
     differ = {
         dim
         for source, target in pairs
