@@ -1,11 +1,16 @@
 import dataclasses
+import math
+import random
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import pytest
+from jax.sharding import Mesh
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.runtime import use_multi_output_fusion
+from sharding.mesh import axis_sizes, make_mesh
 
 # Before any test starts jax: what train.py and infer.py compile with, and devices for a mesh. They are not set in the
 # environment, so that a process a test starts has one device, as a laptop has.
@@ -46,3 +51,25 @@ TINY = ModelConfig(
 def tiny_model() -> Callable[..., ModelConfig]:
     """`tiny_model(**changes)`: every part of the architecture, no two dims equal that could be confused."""
     return lambda **changes: dataclasses.replace(TINY, **changes)
+
+
+@pytest.fixture(scope="session")
+def mesh_with() -> Callable[..., Mesh]:
+    """`mesh_with(data=2, expert=4)`: a mesh of the first devices, the other axes 1."""
+
+    def make(**sizes: int) -> Mesh:
+        devices = jax.devices()[: math.prod(sizes.values())]
+        return make_mesh(axis_sizes({"data": -1, **sizes}, len(devices)), devices)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory) -> Path:
+    """A folder of small text files."""
+    folder, chosen = tmp_path_factory.mktemp("texts"), random.Random(0)
+    words = "def return self list range print value index token expert layer".split()
+    for number in range(12):
+        lines = [" ".join(chosen.choices(words, k=8)) for _ in range(30)]
+        (folder / f"{number}.txt").write_text("\n".join(lines))
+    return folder

@@ -1,7 +1,6 @@
 """Runs of several processes on one machine: the run of one process, stopped together, taken up again."""
 
 import os
-import random
 import signal
 import socket
 import subprocess
@@ -31,16 +30,6 @@ VERY_SMALL = """
 """.split()
 
 Start = Callable[..., list[subprocess.Popen]]
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory) -> Path:
-    folder, chosen = tmp_path_factory.mktemp("texts"), random.Random(0)
-    words = "def return self list range print value index token expert layer".split()
-    for number in range(12):
-        lines = [" ".join(chosen.choices(words, k=8)) for _ in range(30)]
-        (folder / f"{number}.txt").write_text("\n".join(lines))
-    return folder
 
 
 @pytest.fixture(scope="module")

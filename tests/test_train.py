@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -58,16 +57,6 @@ def compiled_once(tmp_path_factory) -> Iterator[Path]:
     for name, value in before.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory) -> Path:
-    folder, chosen = tmp_path_factory.mktemp("texts"), random.Random(0)
-    words = "def return self list range print value index token expert layer".split()
-    for number in range(12):
-        lines = [" ".join(chosen.choices(words, k=8)) for _ in range(30)]
-        (folder / f"{number}.txt").write_text("\n".join(lines))
-    return folder
 
 
 @pytest.fixture(scope="module")
