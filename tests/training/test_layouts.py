@@ -171,6 +171,8 @@ def test_copies_of_a_piece_are_the_same_bits_on_every_device(name):
 # which the program has two, gathers the lengths of its queues and agrees on rounds and buckets; it ships rows, weights
 # and answers forward, and backward rows, weights and gradients, then the gradients of rows and weights. Along tensor,
 # parts of a layer are added up forward, their inputs' gradients backward, and the maximum, sum and label of a softmax.
+# Along context each of three attentions gathers its latents, and scatters their gradients; the documents of positions
+# are gathered once, and each of two balance losses sums what it counted over a row and the row's length.
 COLLECTIVES: dict[str, dict[tuple[str, tuple[str, ...]], int]] = {
     "data 8": {("all-reduce", ("data",)): 2},
     "fsdp 8": {
@@ -210,10 +212,44 @@ COLLECTIVES: dict[str, dict[tuple[str, tuple[str, ...]], int]] = {
         ("reduce-scatter", ("expert",)): 25,
         ("reduce-scatter", ("fsdp",)): 29,
     },
+    "context 4, data 2": {
+        ("all-gather", ("context",)): 29 + 2 + 3 + 1,
+        ("all-reduce", ("context",)): 2 * 2,
+        ("all-reduce", ("data",)): 2,
+        ("all-reduce", ("data", "context")): 2,
+        ("all-to-all", ("context",)): 4,
+        ("reduce-scatter", ("context",)): 29 + 3,
+    },
+    "fsdp 2, expert 2, tensor 2": {
+        ("all-gather", ("expert",)): 25 + 2,
+        ("all-gather", ("fsdp",)): 29,
+        ("all-gather", ("fsdp", "expert")): 2,
+        ("all-reduce", ("fsdp", "expert")): 9,
+        ("all-reduce", ("fsdp", "expert", "tensor")): 1,
+        ("all-reduce", ("tensor",)): 17,
+        ("all-to-all", ("expert",)): 2 * (3 + 5),
+        ("all-to-all", ("fsdp", "expert")): 4,
+        ("reduce-scatter", ("expert",)): 25,
+        ("reduce-scatter", ("fsdp",)): 29,
+    },
+    "expert 2, context 2, tensor 2": {
+        ("all-gather", ("context",)): 29 + 3 + 1,
+        ("all-gather", ("expert",)): 25 + 2,
+        ("all-gather", ("expert", "context")): 2,
+        ("all-reduce", ("context",)): 3,
+        ("all-reduce", ("expert",)): 1,
+        ("all-reduce", ("expert", "context")): 9,
+        ("all-reduce", ("expert", "context", "tensor")): 1,
+        ("all-reduce", ("tensor",)): 17,
+        ("all-to-all", ("expert",)): 2 * (3 + 5),
+        ("all-to-all", ("expert", "context")): 4,
+        ("reduce-scatter", ("context",)): 29 + 3,
+        ("reduce-scatter", ("expert",)): 25,
+    },
 }
 
 
-@pytest.mark.parametrize("name", COLLECTIVES)
+@every_layout
 def test_the_compiled_step_has_the_collectives_the_layout_needs_and_no_other(name):
     """A reshard that XLA put in, or a gather where a piece would do, is one too many."""
     trained = _trained(*LAYOUTS[name].items())
