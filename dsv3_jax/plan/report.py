@@ -40,7 +40,6 @@ def _memory(plan: Plan) -> list[str]:
     lines = [f"memory, GiB a device: {_gib(plan.needed)} at the peak of {_gib(plan.capacity)}: {verdict}"]
     lines += [f"  {_gib(size):>8}  {name}" for name, size in plan.state.items() if size >= 2**10]
     if plan.memory:
-        lines.append(f"  {_gib(plan.memory.temporary):>8}  temporary, for which most of the time less is needed")
         lines.append("the largest arrays at the peak:")
         lines += [f"  {_gib(array.bytes):>8}  {array.shape}  {array.origin}" for array in plan.at_peak]
     return lines
