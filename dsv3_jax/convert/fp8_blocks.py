@@ -153,7 +153,8 @@ def _block_scales(values: Float32, scale_format: ScaleFormat) -> Float32:
         np.maximum.reduceat(of_columns, edges, out=of_row)
     if not np.isfinite(amax).all():
         raise ValueError(f"block {tuple(np.argwhere(~np.isfinite(amax))[0].tolist())} has a value that is not finite")
-    scales = np.maximum(amax, np.float32(SMALLEST_AMAX)) / np.float32(LARGEST)
+    scales: Float32 = np.maximum(amax, SMALLEST_AMAX)
+    scales /= LARGEST
     if scale_format == "float32":
         return scales
     # The logarithm in floating point is off by one step for some scales next to a power of two; frexp is exact.
