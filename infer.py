@@ -8,11 +8,12 @@ import json
 import sys
 
 from dsv3_jax.command_line import run_main
+from dsv3_jax.convert.opening import open_model
+from dsv3_jax.data.errors import DataError
 from dsv3_jax.inference.arguments import InferArguments, parse_infer
 from dsv3_jax.inference.completion import complete
-from dsv3_jax.loading import load
+from dsv3_jax.loading import load_opened
 from dsv3_jax.runtime import set_up_compiler, use_one_thread
-from dsv3_jax.training.checkpoint import open_checkpoint
 
 
 def main() -> None:
@@ -24,9 +25,11 @@ def main() -> None:
 def infer(arguments: InferArguments) -> None:
     """Load, generate, print: one prompt as it comes, several as one batch and one after the other."""
     prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in arguments.prompt]
-    use_one_thread(open_checkpoint(arguments.checkpoint).config.model)
-    model, _, tokenizer = load(arguments.checkpoint)
-    assert tokenizer is not None  # every checkpoint of train.py holds its tokenizer
+    opened = open_model(arguments.checkpoint)
+    use_one_thread(opened.config.model)
+    model, _, tokenizer = load_opened(opened)
+    if tokenizer is None:
+        raise DataError(f"{opened.path} has no tokenizer.json: text cannot be read or written without one")
     stream = len(prompts) == 1 and not arguments.json
     if stream:
         show(prompts[0])

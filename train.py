@@ -12,20 +12,23 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
-from tokenizers import Tokenizer
 
 from dsv3_jax.command_line import TrainArguments, parse_train, run_main
 from dsv3_jax.config import Config, ConfigError
+from dsv3_jax.convert.opening import OpenedModel, open_model
 from dsv3_jax.data.corpus import Corpus, open_corpus
 from dsv3_jax.data.pipeline import TrainingBatches, validation_batches
-from dsv3_jax.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer, training_texts
+from dsv3_jax.data.tokenizer import load_tokenizer, tokenizer_from, train_tokenizer, training_texts
+from dsv3_jax.files import write_atomically
 from dsv3_jax.layout import describe, mesh_of
+from dsv3_jax.loading import tokenizer_of
 from dsv3_jax.model.functional import Skeleton, skeleton_of
 from dsv3_jax.processes import is_first_process, join_processes
-from dsv3_jax.training.checkpoint import Checkpoints, SavedModel, complete_steps, open_checkpoint, restore_part
+from dsv3_jax.training.checkpoint import Checkpoints, complete_steps, open_checkpoint
 from dsv3_jax.training.evaluation import Evaluation, make_evaluate
 from dsv3_jax.training.flops import measured_matmul_rate
 from dsv3_jax.training.interruption import catch_signals
@@ -63,18 +66,19 @@ def train(arguments: TrainArguments, interrupted: Callable[[], bool]) -> None:
     documents = f"{len(corpus.train)} documents to train on, {len(corpus.validation)} held out"
     note(f"corpus {config.data.path}: {documents}")
     source = open_source(arguments)
-    tokenizer = given_tokenizer(arguments, source)
+    tokenizer_text = given_tokenizer(arguments, source)
     # Compiling needs only the config: it goes on in the background while tokenizer, parameters and data get ready.
     train_step = ThreadPoolExecutor(1).submit(compile_train_step, config, skeleton, mesh)
-    tokenizer = tokenizer or new_tokenizer(config, corpus)
+    tokenizer_text = tokenizer_text or new_tokenizer(config, corpus)
+    tokenizer = tokenizer_from(tokenizer_text, "the tokenizer", config.model.vocabulary)
     batches = TrainingBatches(corpus.train, tokenizer, config, streams_here(config, mesh))
     # From here on the workdir is this run's: whatever could be refused has been.
     first = is_first_process()
     if first:
         write_config(workdir, config)
-        save_tokenizer(tokenizer, kept_tokenizer(workdir))
+        write_atomically(kept_tokenizer(workdir), tokenizer_text)
 
-    checkpoints = Checkpoints(workdir / "checkpoints", config, tokenizer.to_str())
+    checkpoints = Checkpoints(workdir / "checkpoints", config, tokenizer_text, texts_from(workdir, source))
     state, data_state = first_state(config, skeleton, mesh, checkpoints, source)
     if data_state:
         batches.set_state(data_state)
@@ -105,35 +109,41 @@ def train(arguments: TrainArguments, interrupted: Callable[[], bool]) -> None:
         write_report(Run(config, workdir, corpus, tokenizer, skeleton), result, evaluation, rate)
 
 
-def open_source(arguments: TrainArguments) -> SavedModel | None:
-    """The checkpoint of `--init`, of the same model; None without it, and once the run has a checkpoint of its own."""
+def open_source(arguments: TrainArguments) -> OpenedModel | None:
+    """The model of `--init`, the same as this run's; None without it, and once the run has a checkpoint of its own."""
     if arguments.init is None or complete_steps(arguments.workdir / "checkpoints"):
         return None
-    source = open_checkpoint(arguments.init)
+    source = open_model(arguments.init)
     refuse_other_model(source.config, arguments.config, arguments.init)
     return source
 
 
-def given_tokenizer(arguments: TrainArguments, source: SavedModel | None) -> Tokenizer | None:
-    """The tokenizer kept in the workdir; on a first start that of data.tokenizer or `--init`; None: to be trained."""
+def given_tokenizer(arguments: TrainArguments, source: OpenedModel | None) -> str | None:
+    """Text of the tokenizer.json kept in the workdir; on a first start that of data.tokenizer or `--init`, word for
+    word; None: to be trained."""
     config, kept = arguments.config, kept_tokenizer(arguments.workdir)
-    of_source = Tokenizer.from_str(source.tokenizer) if source else None
-    if kept.exists():
-        tokenizer = load_tokenizer(kept, config.model.vocabulary)
-    elif config.data.tokenizer != "train":
-        tokenizer = load_tokenizer(config.data.tokenizer, config.model.vocabulary)
-    else:
-        return of_source
+    of_source = tokenizer_of(source) if source else None
+    if not kept.exists() and config.data.tokenizer == "train":
+        return source.tokenizer if source else None
+    path = kept if kept.exists() else config.data.tokenizer
+    tokenizer = load_tokenizer(path, config.model.vocabulary)
     if of_source and of_source.get_vocab() != tokenizer.get_vocab():
         raise ConfigError(
             f"data.tokenizer={config.data.tokenizer} is not the tokenizer of --init={arguments.init}: leave it out"
         )
-    return tokenizer
+    return Path(path).read_text(encoding="utf-8")
 
 
-def new_tokenizer(config: Config, corpus: Corpus) -> Tokenizer:
+def new_tokenizer(config: Config, corpus: Corpus) -> str:
     note(f"tokenizer: training a byte-level BPE of {config.model.vocabulary} entries")
-    return train_tokenizer(training_texts(corpus.train), config.model.vocabulary)
+    return train_tokenizer(training_texts(corpus.train), config.model.vocabulary).to_str(pretty=True)
+
+
+def texts_from(workdir: Path, source: OpenedModel | None) -> dict[str, Any] | None:
+    """What came with the model from a Hugging Face directory, by way of this run's first checkpoint or of `--init`."""
+    if source:
+        return source.hugging_face
+    return open_checkpoint(workdir).hugging_face if complete_steps(workdir / "checkpoints") else None
 
 
 def kept_tokenizer(workdir: Path) -> Path:
@@ -141,15 +151,14 @@ def kept_tokenizer(workdir: Path) -> Path:
 
 
 def first_state(
-    config: Config, skeleton: Skeleton, mesh: Mesh, checkpoints: Checkpoints, source: SavedModel | None
+    config: Config, skeleton: Skeleton, mesh: Mesh, checkpoints: Checkpoints, source: OpenedModel | None
 ) -> tuple[TrainState, dict | None]:
     """The last checkpoint's state and data position, or a fresh state, with the parameters of the source if given."""
     if restored := checkpoints.restore_latest(abstract_state(config, skeleton, mesh)):
         return restored.state, restored.data_state
     state = initial_state(config, skeleton, mesh)
     if source:
-        parts = {"parameters": state.parameters, "router_bias": state.router_bias}
-        state = state._replace(**restore_part(source.directory, parts))
+        state = state._replace(**source.read({"parameters": state.parameters, "router_bias": state.router_bias}))
     return state, None
 
 

@@ -108,7 +108,7 @@ def parse_with_config(
         _tyro(["--help"], program, defaults)
     for option, value in given.items():
         if value is None:
-            raise ArgumentError(f"--{option} needs a value: {_expected(types[option])}")
+            raise ArgumentError(f"--{option} needs a value: {expected(types[option])}")
         _require_readable(option, value, types[option], program, defaults)
     arguments = _tyro([f"--{option}={value}" for option, value in given.items()], program, defaults)
     check(arguments.config)
@@ -210,7 +210,7 @@ def _require_readable(option: str, value: str, kind: Any, program: str, defaults
         with contextlib.redirect_stderr(io.StringIO()):
             _tyro([f"--{option}={value}"], program, defaults)
     except SystemExit:
-        raise ArgumentError(f"--{option}={value} cannot be read: {_expected(kind)}") from None
+        raise ArgumentError(f"--{option}={value} cannot be read: {expected(kind)}") from None
 
 
 def _tyro(argv: list[str], program: str, defaults: A) -> A:
@@ -224,7 +224,7 @@ def _tyro(argv: list[str], program: str, defaults: A) -> A:
     )
 
 
-def _expected(kind: Any) -> str:
+def expected(kind: Any) -> str:
     """A type in words: 'expected int or None', 'expected True or False', 'expected one of sigmoid, softmax'."""
     if kind is bool:
         return "expected True or False"

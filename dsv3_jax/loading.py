@@ -9,37 +9,48 @@ import jax.numpy as jnp
 from tokenizers import Tokenizer
 
 from dsv3_jax.config import Config, ConfigError
-from dsv3_jax.data.tokenizer import load_tokenizer
+from dsv3_jax.convert.opening import OpenedModel, open_model
+from dsv3_jax.data.tokenizer import tokenizer_from
 from dsv3_jax.inference.weights import with_inference_types
 from dsv3_jax.model.functional import abstract_trees, put_together, skeleton_of
 from dsv3_jax.model.transformer import Transformer
-from dsv3_jax.training.checkpoint import open_checkpoint, restore_part
 
 COMPUTE_TYPES = ("float32", "bfloat16")
 
 
 def load(path: str | Path, *, dtype: Any = None) -> tuple[Transformer, Config, Tokenizer | None]:
-    """The model in a workdir of train.py or in one of its checkpoints, its configuration and its tokenizer.
+    """The model on disk, its configuration and, where it has one, its tokenizer.
 
     `model(tokens)` gives float32 logits [B, S, W] of int32 tokens [B, S]. Nothing but the parameters is read, and they
     are held in the type they are used in.
 
     Args:
-        path: a workdir or a `checkpoints` folder, for the newest checkpoint, or the folder of one step.
+        path: a workdir of train.py (its newest checkpoint), a checkpoint, or a Hugging Face directory.
         dtype: "float32" or "bfloat16", what the matmuls compute in; None: the saved `model.precision`.
 
     Raises:
-        CheckpointError: no checkpoint there, or an unreadable one.
+        UserError: none of these there, or one that is not whole.
         ConfigError: another dtype.
     """
-    saved = open_checkpoint(Path(path))
-    config = saved.config if dtype is None else _with_precision(saved.config, dtype)
+    return load_opened(open_model(Path(path)), dtype=dtype)
+
+
+def load_opened(opened: OpenedModel, *, dtype: Any = None) -> tuple[Transformer, Config, Tokenizer | None]:
+    """`load` of a model that is open already."""
+    config = opened.config if dtype is None else _with_precision(opened.config, dtype)
     skeleton = skeleton_of(config.model)
     parameters, router_bias = abstract_trees(skeleton)
     parameters = with_inference_types(_abstract, parameters, config.model.precision)
-    restored = restore_part(saved.directory, {"parameters": parameters, "router_bias": router_bias})
-    tokenizer = load_tokenizer(saved.directory / "tokenizer" / "tokenizer.json", config.model.vocabulary)
-    return put_together(skeleton, restored["parameters"], restored["router_bias"]), config, tokenizer
+    read = opened.read({"parameters": parameters, "router_bias": router_bias})
+    model = put_together(skeleton, read["parameters"], read["router_bias"])
+    return model, config, tokenizer_of(opened)
+
+
+def tokenizer_of(opened: OpenedModel) -> Tokenizer | None:
+    """The tokenizer that lies with a model. Raises DataError and ConfigError as `load_tokenizer` does."""
+    if opened.tokenizer is None:
+        return None
+    return tokenizer_from(opened.tokenizer, f"the tokenizer of {opened.path}", opened.config.model.vocabulary)
 
 
 def _abstract(leaf: Any, dtype: jnp.dtype) -> jax.ShapeDtypeStruct:

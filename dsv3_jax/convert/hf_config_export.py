@@ -14,6 +14,8 @@ from dsv3_jax.convert.hf_fields import (
 )
 from dsv3_jax.convert.hf_rope import hugging_face_rope
 
+DTypeName = Literal["bfloat16", "float32", "float16"]
+
 # Of an imported config.json, what is no longer true of what is exported. All else that is not written anew stays.
 _NOT_KEPT = {
     "_name_or_path",
@@ -34,7 +36,7 @@ _NOT_KEPT = {
 def hugging_face_config(
     model: ModelConfig,
     *,
-    dtype: Literal["bfloat16", "float32", "float16"],
+    dtype: DTypeName,
     quantized: bool,
     scale_format: ScaleFormat = "float32",
     mtp: bool,

@@ -191,12 +191,16 @@ class SafetensorsWriter:
     def write(self, name: str, array: NDArray, first_row: int = 0) -> None:
         """Write rows of a tensor, each once: `array` is [rows, *the other dims], or has no dims as the tensor has none.
 
+        A matrix may be rows of a tensor of more dims, all but its last counted as one.
+
         Raises:
             KeyError: a tensor that the file does not have.
             ValueError: another type, other dims, rows that the tensor does not have, or the file is closed.
             OSError: naming the file.
         """
         info = self._tensors[name]
+        if array.ndim == 2 < len(info.shape):
+            info = info.flattened()
         if array.dtype != DTYPES[info.dtype]:
             raise ValueError(f"{name} is {info.dtype} in {self.path}, got {array.dtype}")
         rows = array.shape[:1]
@@ -248,7 +252,7 @@ class SafetensorsWriter:
             if first != end:
                 break
             end = stop
-        rows = info.shape[0] if info.shape else 1
+        rows = info.flattened().shape[0] if len(info.shape) > 2 else info.shape[0] if info.shape else 1
         count = sum(stop - first for first, stop in self._written[info.name])
         if info.size and (end != rows or count != rows):
             raise ValueError(f"{info.name} of {self.path} is not whole: {count} of {rows} rows were written")

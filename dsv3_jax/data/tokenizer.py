@@ -16,7 +16,6 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from dsv3_jax.config import ConfigError
 from dsv3_jax.data.documents import DocumentSource
 from dsv3_jax.data.errors import DataError
-from dsv3_jax.files import write_atomically
 
 # DeepSeek's spelling: fullwidth bars (U+FF5C) and U+2581 between words, not the ASCII of the paper.
 SPECIAL_TOKENS = (
@@ -117,27 +116,31 @@ def load_tokenizer(path: str | Path, vocabulary: int) -> Tokenizer:
         ConfigError: it has ids that `vocabulary` rows of embedding cannot hold.
     """
     try:
-        content = json.loads(Path(path).read_bytes())
-        # Many files (DeepSeek's too) flag <think>, FIM and chat tokens as not special, which would let text spell them.
-        for token in content.get("added_tokens", []):
-            name = token["content"]
-            token["special"] = token["special"] or name in PLACED_BY_ID or bool(CONTROL_TOKEN.fullmatch(name))
-        tokenizer = Tokenizer.from_str(json.dumps(content))
+        text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise DataError(f"data.tokenizer='{path}' cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise DataError(f"data.tokenizer='{path}' is not a tokenizer.json: {error}") from error
+    return tokenizer_from(text, f"data.tokenizer='{path}'", vocabulary)
+
+
+def tokenizer_from(text: str, name: str, vocabulary: int) -> Tokenizer:
+    """`load_tokenizer` of the text of a tokenizer.json; errors call it `name`."""
+    try:
+        content = json.loads(text)
+        # Many files (DeepSeek's too) flag <think>, FIM and chat tokens as not special, which would let text spell them.
+        for token in content.get("added_tokens", []):
+            spelled = token["content"]
+            token["special"] = token["special"] or spelled in PLACED_BY_ID or bool(CONTROL_TOKEN.fullmatch(spelled))
+        tokenizer = Tokenizer.from_str(json.dumps(content))
     except Exception as error:  # the tokenizers library raises plain Exception
-        raise DataError(f"data.tokenizer='{path}' is not a tokenizer.json: {str(error).splitlines()[0]}") from error
+        raise DataError(f"{name} is not a tokenizer.json: {str(error).splitlines()[0]}") from error
     ids = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
     if ids > vocabulary:
-        raise ConfigError(f"model.vocabulary={vocabulary} must be at least {ids}, the number of ids of '{path}'")
+        raise ConfigError(f"model.vocabulary={vocabulary} must be at least {ids}, the number of ids of {name}")
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return _without_injection(tokenizer)
-
-
-def save_tokenizer(tokenizer: Tokenizer, path: str | Path) -> None:
-    """Write a tokenizer.json, whole or not at all."""
-    write_atomically(Path(path), tokenizer.to_str(pretty=True))
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -4,6 +4,7 @@
                      data/data.json            position in the data
                      config/config.json        the run's configuration
                      tokenizer/tokenizer.json
+                     hugging_face/              of a model that came from elsewhere: its other texts
 
 so the folder of one step is all that inference, fine-tuning or a colleague needs.
 """
@@ -27,6 +28,9 @@ from dsv3_jax.errors import UserError
 
 PyTree = Any
 
+MODEL_PARTS = ("state/_METADATA", "config/config.json")
+"""What makes a folder a model that can be opened."""
+
 
 class CheckpointError(UserError, RuntimeError):
     """A checkpoint that cannot be written, found or read. The message names the folder."""
@@ -45,10 +49,12 @@ class SavedModel(NamedTuple):
     """One checkpoint on disk, opened for its model alone."""
 
     directory: Path
-    step: int
     config: Config
-    tokenizer: str
-    """Text of tokenizer.json."""
+    tokenizer: str | None
+    """Text of tokenizer.json; an imported model may come without."""
+    hugging_face: dict[str, Any] | None
+    """Of a model that came from a Hugging Face directory: its "config", its other texts as "files", and, until it is
+    trained, as "tensors", in what form its arrays are kept."""
 
 
 class Checkpoints:
@@ -58,17 +64,17 @@ class Checkpoints:
     CheckpointError from the next `check`, `save`, `wait` or `close`; the checkpoints before it stay.
     """
 
-    def __init__(self, directory: Path, config: Config, tokenizer: str):
-        """`tokenizer` is the text of tokenizer.json, kept in every checkpoint as `config` is."""
-        _quiet_orbax()
+    def __init__(self, directory: Path, config: Config, tokenizer: str, hugging_face: dict[str, Any] | None = None):
+        """`tokenizer`, the text of tokenizer.json, and `hugging_face` are kept in every checkpoint as `config` is."""
+        quiet_orbax()
         self.directory = directory.resolve()
-        self._config = dataclasses.asdict(config)
-        self._tokenizer = json.loads(tokenizer)
+        self._texts = {"config": dataclasses.asdict(config), "tokenizer": json.loads(tokenizer)}
+        if hugging_face:
+            self._texts["hugging_face"] = {name: hugging_face[name] for name in ("config", "files")}
         handlers: dict[str, Any] = {
             "state": ocp.PyTreeCheckpointHandler(),
             "data": ocp.JsonCheckpointHandler("data.json"),
-            "config": ocp.JsonCheckpointHandler("config.json"),
-            "tokenizer": ocp.JsonCheckpointHandler("tokenizer.json"),
+            **{name: ocp.JsonCheckpointHandler(f"{name}.json") for name in self._texts},
         }
         with self._failing("keep checkpoints", OSError):
             self._manager = ocp.CheckpointManager(
@@ -93,8 +99,7 @@ class Checkpoints:
                 args=ocp.args.Composite(
                     state=ocp.args.PyTreeSave(state),
                     data=ocp.args.JsonSave(data_state),
-                    config=ocp.args.JsonSave(self._config),
-                    tokenizer=ocp.args.JsonSave(self._tokenizer),
+                    **{name: ocp.args.JsonSave(text) for name, text in self._texts.items()},
                 ),
                 force=True,
             )
@@ -144,13 +149,14 @@ def complete_steps(directory: Path) -> list[int]:
     """
     if not directory.is_dir():
         return []
-    parts = ("state/_METADATA", "data/data.json", "config/config.json", "tokenizer/tokenizer.json")
+    parts = (*MODEL_PARTS, "data/data.json", "tokenizer/tokenizer.json")
     found = (child for child in directory.iterdir() if child.name.isdecimal())
     return sorted(int(child.name) for child in found if all((child / part).is_file() for part in parts))
 
 
 def open_checkpoint(path: Path) -> SavedModel:
-    """The model saved in a workdir, a `checkpoints` folder (the newest step of it) or the folder of one step.
+    """The model saved in a workdir, a `checkpoints` folder (the newest step of it), the folder of one step, or one that
+    was imported.
 
     Raises:
         CheckpointError: no complete checkpoint there, or one of another version of this code.
@@ -164,8 +170,13 @@ def open_checkpoint(path: Path) -> SavedModel:
         config = from_json((directory / "config" / "config.json").read_text())
     except ConfigError as error:
         raise CheckpointError(f"{directory}: {error}") from error
-    tokenizer = (directory / "tokenizer" / "tokenizer.json").read_text()
-    return SavedModel(directory, int(directory.name), config, tokenizer)
+    tokenizer, texts = directory / "tokenizer" / "tokenizer.json", directory / "hugging_face" / "hugging_face.json"
+    return SavedModel(
+        directory,
+        config,
+        tokenizer.read_text(encoding="utf-8") if tokenizer.is_file() else None,
+        json.loads(texts.read_text(encoding="utf-8")) if texts.is_file() else None,
+    )
 
 
 def restore_part(directory: Path, abstract: PyTree, *, whole: bool = False) -> PyTree:
@@ -177,7 +188,7 @@ def restore_part(directory: Path, abstract: PyTree, *, whole: bool = False) -> P
     Raises:
         CheckpointError: an array is missing, of another shape, or unreadable.
     """
-    _quiet_orbax()
+    quiet_orbax()
     target = jax.tree.map(_with_sharding, abstract)
     restore_args = ocp.checkpoint_utils.construct_restore_args(target)
     arguments = ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=not whole)
@@ -218,12 +229,12 @@ def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def _step_folder(path: Path) -> Path | None:
-    if path.name.isdecimal() and int(path.name) in complete_steps(path.parent):
-        return path
     for directory in (path / "checkpoints", path):
         if steps := complete_steps(directory):
             return directory / str(steps[-1])
-    return None
+    if path.name.isdecimal():
+        return path if int(path.name) in complete_steps(path.parent) else None
+    return path if all((path / part).is_file() for part in MODEL_PARTS) else None
 
 
 def _reason(error: BaseException) -> str:
@@ -235,7 +246,7 @@ def _reason(error: BaseException) -> str:
 
 
 @functools.cache
-def _quiet_orbax() -> None:
+def quiet_orbax() -> None:
     """Keep what Orbax raises as the only word on a failed save."""
     # It tells every stage at INFO, and logs a failure with its traceback besides raising it; asyncio logs those of its
     # writes that it, having seen one fail, does not wait for.

@@ -1,0 +1,176 @@
+"""Checkpoints to and from Hugging Face: `python -m dsv3_jax.convert import HF_DIR OUT`, `export`, `inspect`.
+
+import  HF_DIR OUT       a directory with config.json and *.safetensors into a checkpoint for train.py and infer.py
+export  CHECKPOINT OUT   a workdir, checkpoint or Hugging Face directory into a Hugging Face directory
+inspect DIR              what is in any of these, what is missing, and what converting it takes
+"""
+
+import contextlib
+import dataclasses
+import io
+import os
+import sys
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from dsv3_jax.command_line import expected, option_pairs, run_main, suggestion
+from dsv3_jax.convert.exporting import export_checkpoint, planned_export
+from dsv3_jax.convert.importing import bytes_of, import_checkpoint
+from dsv3_jax.convert.inspecting import inspect
+from dsv3_jax.convert.inventory import opened_inventory
+from dsv3_jax.convert.observing import Bar
+from dsv3_jax.convert.outputs import DType, ScaleFormat
+from dsv3_jax.convert.projection import projected
+from dsv3_jax.errors import ArgumentError
+
+WORKERS = os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class Import:
+    """A Hugging Face directory of the DeepSeek-V3 family into a checkpoint that train.py --init and infer.py take.
+
+    Tensors keep their type: FP8 stays FP8. Killed, it goes on where it was when called again.
+    """
+
+    hf_dir: tyro.conf.Positional[Path]
+    """Folder with config.json, *.safetensors and, as a rule, tokenizer.json."""
+    out: tyro.conf.Positional[Path]
+    """Folder to make."""
+    workers: int = WORKERS
+    """Threads, each holding some 32 MiB at a time."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """A model into a Hugging Face directory that transformers and vLLM load.
+
+    Killed, it goes on where it was when called again.
+    """
+
+    checkpoint: tyro.conf.Positional[Path]
+    """A workdir of train.py (its newest checkpoint), a checkpoint, or a Hugging Face directory."""
+    out: tyro.conf.Positional[Path]
+    """Folder to make."""
+    dtype: DType | None = None
+    """fp8: blocks of 128 x 128 with scales, the rest bf16. None: every tensor as it is stored, bit for bit."""
+    scale_format: ScaleFormat | None = None
+    """Of FP8 blocks; ue8m0: powers of two, as V3.1 has them. None: as stored, float32 for new ones."""
+    no_mtp: bool = False
+    """Leave the MTP layers out."""
+    workers: int = WORKERS
+    """Threads, each holding some 32 MiB several times over."""
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """What is in a folder: model family, sizes, types, what is missing or left over, disk and memory that it takes."""
+
+    dir: tyro.conf.Positional[Path]
+    """A Hugging Face directory, a workdir or a checkpoint."""
+
+
+COMMANDS: dict[str, Any] = {"import": Import, "export": Export, "inspect": Inspect}
+FLAGS = ("no_mtp",)
+
+
+def main() -> None:
+    match parse(sys.argv[1:]):
+        case Import(source, out, workers):
+            _, inventory = opened_inventory(source)
+            size = sum(place.info.size for place in inventory.places.values())
+            print(projected(size, bytes_of(inventory), out, workers), file=sys.stderr)
+            import_checkpoint(source, out, workers=workers, observer=Bar())
+            print(f"{out}: python infer.py --checkpoint={out} --prompt=TEXT, or train.py --config=NAME --init={out}")
+        case Export(source, out, dtype, scale_format, no_mtp, workers):
+            read, write = planned_export(source, dtype, scale_format, not no_mtp)
+            print(projected(read, write, out, workers), file=sys.stderr)
+            export_checkpoint(
+                source,
+                out,
+                dtype=dtype,
+                scale_format=scale_format,
+                mtp=not no_mtp,
+                workers=workers,
+                observer=Bar(),
+            )
+            print(f"{out}: transformers.AutoModelForCausalLM.from_pretrained('{out}')")
+        case Inspect(folder):
+            report, whole = inspect(folder, WORKERS)
+            print(report)
+            if not whole:
+                raise SystemExit(1)
+
+
+def parse(argv: Sequence[str]) -> Any:
+    """An Import, Export or Inspect. `--help` prints and exits with 0.
+
+    Raises:
+        ArgumentError: no such command or option, a folder missing, an unreadable value.
+    """
+    command = argv[0] if argv else ""
+    if command in ("-h", "--help"):
+        print(__doc__)
+        raise SystemExit(0)
+    if command not in COMMANDS:
+        wrong = f"{command!r} is no command{suggestion(command, COMMANDS)}" if command else "a command is missing"
+        raise ArgumentError(f"{wrong}: python -m dsv3_jax.convert {', '.join(COMMANDS)}; --help tells of them")
+    kind, words = COMMANDS[command], list(argv[1:])
+    if "-h" in words or "--help" in words:
+        _tyro(command, kind, ["--help"])
+    hints = typing.get_type_hints(kind)
+    options = [field.name for field in dataclasses.fields(kind) if field.default is not dataclasses.MISSING]
+    folders = [field.name for field in dataclasses.fields(kind) if field.name not in options]
+    # Folders may stand before, after or between the options.
+    given = [word for place, word in enumerate(words) if not word.startswith("--") and not _is_value(words, place)]
+    rest = [word for place, word in enumerate(words) if word.startswith("--") or _is_value(words, place)]
+    if len(given) != len(folders):
+        raise ArgumentError(
+            f"python -m dsv3_jax.convert {command} needs {' '.join(name.upper() for name in folders)}, "
+            f"not {len(given)} folders; --help lists the options"
+        )
+    arguments = []
+    for option, value in option_pairs(rest, FLAGS):
+        if option not in options:
+            raise ArgumentError(
+                f"--{option} is not an option of {command}{suggestion(option, options, '--')}; --help lists them all"
+            )
+        if value is None and option not in FLAGS:
+            raise ArgumentError(f"--{option} needs a value: {expected(hints[option])}")
+        arguments.append(f"--{option}={value or 'True'}")
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):
+                _tyro(command, kind, [arguments[-1], "--", *given])
+        except SystemExit:
+            raise ArgumentError(f"--{option}={value} cannot be read: {expected(hints[option])}") from None
+    parsed = _tyro(command, kind, [*arguments, "--", *given])
+    if getattr(parsed, "workers", 1) < 1:
+        raise ArgumentError(f"--workers={parsed.workers} must be at least 1")
+    return parsed
+
+
+def _is_value(words: Sequence[str], place: int) -> bool:
+    """Whether a word is the value of the option before it."""
+    if place == 0 or words[place].startswith("--"):
+        return False
+    before = words[place - 1]
+    return before.startswith("--") and "=" not in before and before[2:].replace("-", "_") not in FLAGS
+
+
+def _tyro(command: str, kind: Any, arguments: list[str]) -> Any:
+    return tyro.cli(
+        kind,
+        prog=f"python -m dsv3_jax.convert {command}",
+        args=arguments,
+        use_underscores=True,
+        config=(tyro.conf.FlagConversionOff,),
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)

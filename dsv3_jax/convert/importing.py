@@ -1,0 +1,289 @@
+"""A Hugging Face directory into an Orbax checkpoint, streamed: no tensor is ever whole in memory.
+
+Tensors keep their type and, chunk by chunk, their bytes: an array's chunks are rows of the tensors, and its codec says
+in which order our dims lie in them. FP8 stays FP8, its scales in arrays of their own.
+
+    OUT/state/                    parameters, router_bias, scales
+       config/config.json         a run's configuration with this model
+       tokenizer/tokenizer.json   as it came
+       hugging_face/              the other texts, and how the tensors were kept
+"""
+
+import functools
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+
+from dsv3_jax.config import to_json
+from dsv3_jax.convert.directory import HuggingFaceDirectory
+from dsv3_jax.convert.fp8_blocks import BLOCK
+from dsv3_jax.convert.inventory import Inventory, Place, check_values, opened_inventory
+from dsv3_jax.convert.observing import Observer, Silent
+from dsv3_jax.convert.opening import fine_tuning_config
+from dsv3_jax.convert.resumable import PartialFolder, keeping, require_space, run_units
+from dsv3_jax.convert.safetensors_file import SafetensorsReader
+from dsv3_jax.convert.safetensors_header import DTYPES
+from dsv3_jax.convert.sources import DirectoryTensors, scales_array_shape, scales_name, values
+from dsv3_jax.convert.tensors import Leaf, Part
+from dsv3_jax.files import write_atomically
+from dsv3_jax.training.checkpoint import quiet_orbax
+
+BLOCK_BYTES = 32 * 2**20
+"""What a thread holds at a time, and what a chunk of an array is at most, about."""
+SMALL = "vectors and scales"
+
+
+def import_checkpoint(
+    source: Path, out: Path, *, workers: int | None = None, observer: Observer | None = None
+) -> Inventory:
+    """Convert the directory `source` into the checkpoint `out`, for train.py and infer.py; returns what was in it.
+
+    A process that is killed leaves `out`.partial, and the same call goes on from the last complete file.
+
+    Args:
+        workers: threads, each holding some 32 MiB; by default one a processor.
+
+    Raises:
+        UserError: the directory is not whole, or not of this model family, or does not fit on the disk: before anything
+            is written. A disk that fills up on the way: what was complete is kept.
+    """
+    observer = observer or Silent()
+    directory, inventory = opened_inventory(source)
+    for text in inventory.notes:
+        observer.note(text)
+    with SafetensorsReader() as reader:
+        check_values(inventory, reader)
+        identity = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in _files(inventory)]
+        require_space(out, 0 if out.with_name(out.name + ".partial").exists() else bytes_of(inventory))
+        folder = PartialFolder(out, ["import", identity, to_json(inventory.model)])
+        with keeping(folder.path):
+            _Import(directory, inventory, reader, folder, observer).run(workers or os.cpu_count() or 1)
+        folder.complete()
+    return inventory
+
+
+def bytes_of(inventory: Inventory) -> int:
+    """Bytes of the checkpoint that an inventory becomes."""
+    total = 0
+    for leaf in inventory.leaves:
+        total += math.prod(leaf.shape) * DTYPES[inventory.leaf_type(leaf)].itemsize
+        if has_scales(inventory, leaf):
+            total += math.prod(scales_array_shape(leaf)) * DTYPES[inventory.scale_type].itemsize
+    return total
+
+
+def has_scales(inventory: Inventory, leaf: Leaf) -> bool:
+    return leaf.quantized and any(name in inventory.scales for name, _ in leaf.tensors())
+
+
+class _Import:
+    def __init__(
+        self,
+        directory: HuggingFaceDirectory,
+        inventory: Inventory,
+        reader: SafetensorsReader,
+        folder: PartialFolder,
+        observer: Observer,
+    ):
+        self.directory, self.inventory, self.reader = directory, inventory, reader
+        self.folder, self.observer = folder, observer
+        self.tensors = DirectoryTensors(inventory, reader)
+        self.state = folder.path / "state"
+        self.differing: set[str] = set()
+        """Copies of embedding and head that are none."""
+
+    def run(self, workers: int) -> None:
+        if SMALL not in self.folder.finished:
+            if self.state.exists():
+                shutil.rmtree(self.state)
+            create_state(self.state, self.inventory)
+            self._write_vectors_and_scales()
+            self.folder.finish(SMALL)
+        by_file = {file.name: matrices for file, matrices in _matrices_by_file(self.inventory).items()}
+        sizes = {file: sum(map(self._bytes, (leaf for leaf, _ in by_file[file]))) for file in by_file}
+        done = self.folder.finished & by_file.keys()
+        self.observer.begin(sum(sizes.values()), sum(sizes[file] for file in done))
+        left = (file for file in by_file if file not in done)
+        run_units(((file, self._tasks(by_file[file])) for file in left), workers, self.folder.finish)
+        self.observer.end()
+        for copy in sorted(self.differing):
+            original = self.inventory.copies[copy]
+            self.observer.note(
+                f"tensor {copy} differs from {original}: the model has one for both, and keeps the latter"
+            )
+        self._write_texts()
+
+    def _bytes(self, leaf: Leaf) -> int:
+        """Of one of its tensors."""
+        return math.prod(leaf.matrix_shape) * DTYPES[self.inventory.leaf_type(leaf)].itemsize
+
+    def _tasks(self, matrices: list[tuple[Leaf, tuple[int, ...]]]) -> Iterator[Callable[[], None]]:
+        """Every block of the matrices of one file."""
+        for leaf, index in matrices:
+            array = open_array(self.state, leaf.name)
+            for block in self._blocks(leaf):
+                yield functools.partial(self._convert, array, leaf, index, block)
+
+    def _convert(self, array: tensorstore.TensorStore, leaf: Leaf, index: tuple[int, ...], block: Part) -> None:
+        kind = DTYPES[self.inventory.leaf_type(leaf)]
+        same = self.tensors.type_of(leaf, index) == self.inventory.leaf_type(leaf)
+        read = self.tensors.read if same else functools.partial(values, self.tensors)
+        content = read(leaf, index, block).astype(kind, copy=False)
+        array.transpose(leaf.order)[index + block].write(content, can_reference_source_data_indefinitely=True).result()
+        self._compare_copies(leaf, index, block, content)
+        self.observer.advance(content.nbytes)
+
+    def _compare_copies(self, leaf: Leaf, index: tuple[int, ...], block: Part, content: np.ndarray) -> None:
+        """Say where a MTP layer's copy of embedding or head differs: the model has one for both."""
+        name = leaf.tensor(index)
+        for copy, original in self.inventory.copies.items():
+            if original == name:
+                rows, _ = leaf.flat(block)
+                info = self.directory.tensors[copy]
+                if self.reader.read(info, rows).tobytes() != content.tobytes():
+                    self.differing.add(copy)
+
+    def _write_vectors_and_scales(self) -> None:
+        for leaf in self.inventory.leaves:
+            if not leaf.column_dims:
+                kind = DTYPES[self.inventory.leaf_type(leaf)]
+                whole = tuple(slice(0, size) for size in leaf.matrix_dims)
+                rows = [self.tensors.read(leaf, index, whole).astype(kind) for index in leaf.indices()]
+                content = np.stack(rows).reshape(leaf.shape)
+                open_array(self.state, leaf.name).write(content).result()
+            if has_scales(self.inventory, leaf):
+                self._write_scales(leaf)
+
+    def _write_scales(self, leaf: Leaf) -> None:
+        array, grid = open_array(self.state, scales_name(leaf)), scales_array_shape(leaf)
+        first, *others = leaf.index_sizes or (1,)
+        for layer in range(first):
+            content = np.ones((*others, *grid[-2:]), DTYPES[self.inventory.scale_type])
+            for index in np.ndindex(*others):
+                place = (layer, *index)[: len(leaf.index_sizes)]
+                if leaf.tensor(place) in self.inventory.scales:
+                    content[index] = self.tensors.scales(leaf, place)
+            content = content.view(np.uint8) if content.dtype.itemsize == 1 else content
+            (array[layer] if leaf.index_sizes else array).write(content).result()
+
+    def _write_texts(self) -> None:
+        inventory, texts = self.inventory, dict(self.directory.texts)
+        tokenizer = texts.pop("tokenizer.json", None)
+        if tokenizer is not None:
+            write_atomically(self.folder.path / "tokenizer" / "tokenizer.json", tokenizer)
+        else:
+            self.observer.note(f"{self.directory.path} has no tokenizer.json: the checkpoint goes without a tokenizer")
+        form = {
+            "scale_type": inventory.scale_type,
+            "fused_experts": inventory.fused_experts,
+            "mtp_copies": bool(inventory.copies),
+            "types": exceptional_types(inventory),
+        }
+        record = {"config": self.directory.values, "files": texts, "tensors": form}
+        write_atomically(self.folder.path / "hugging_face" / "hugging_face.json", json.dumps(record))
+        config = fine_tuning_config(inventory.model)
+        write_atomically(self.folder.path / "config" / "config.json", to_json(config))
+
+    def _blocks(self, leaf: Leaf) -> list[Part]:
+        return blocks_of(leaf, DTYPES[self.inventory.leaf_type(leaf)].itemsize)
+
+
+def exceptional_types(inventory: Inventory) -> dict[str, str]:
+    """Types of the tensors that were widened to that of their parameter."""
+    exceptions: dict[str, str] = {}
+    for leaf in inventory.leaves:
+        held = inventory.leaf_type(leaf)
+        if not leaf.is_router_bias:
+            exceptions |= {name: kind for name, _ in leaf.tensors() if (kind := inventory.type_of(name)) != held}
+    return exceptions
+
+
+def blocks_of(leaf: Leaf, item_bytes: int) -> list[Part]:
+    """What a tensor is read and written by; whole FP8 blocks each."""
+    return leaf.blocks(BLOCK, BLOCK_BYTES // item_bytes)
+
+
+def create_state(state: Path, inventory: Inventory) -> None:
+    """An Orbax checkpoint with an empty array for every parameter, router bias and scale array.
+
+    Orbax writes what makes the folder its own; of each array, saved as a single number, only the name is kept.
+    """
+    arrays: dict[str, tensorstore.Spec] = {}
+    tree: dict[str | int, Any] = {}
+
+    def add(path: tuple[str | int, ...], spec: tensorstore.Spec) -> None:
+        arrays[".".join(map(str, path))] = spec
+        below: dict[str | int, Any] = tree
+        for key in path[:-1]:
+            below = below.setdefault(key, {})
+        below[path[-1]] = np.zeros((), np.uint8)
+
+    for leaf in inventory.leaves:
+        kind = inventory.leaf_type(leaf)
+        chunk = list(leaf.shape)
+        if leaf.column_dims:
+            first = blocks_of(leaf, DTYPES[kind].itemsize)[0]
+            for dim in leaf.index_dims:
+                chunk[dim] = 1
+            chunk[leaf.row_dims[0]] = first[0].stop - first[0].start
+        add(leaf.path, _spec(leaf.shape, chunk, DTYPES[kind], leaf.order))
+        if has_scales(inventory, leaf):
+            shape = scales_array_shape(leaf)
+            chunk = [1, *shape[1:]] if leaf.index_sizes else list(shape)
+            kind_of_scale = np.dtype(np.uint8 if DTYPES[inventory.scale_type].itemsize == 1 else np.float32)
+            add(("scales", *leaf.path[1:]), _spec(shape, chunk, kind_of_scale, tuple(range(len(shape)))))
+    quiet_orbax()
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True)) as writer:
+        writer.save(state.resolve(), args=ocp.args.PyTreeSave(tree))
+    for name, spec in arrays.items():
+        shutil.rmtree(state / name)
+        tensorstore.open(spec, kvstore=tensorstore.KvStore.Spec(_store(state, name)), create=True).result()
+
+
+def open_array(state: Path, name: str) -> tensorstore.TensorStore:
+    """One array of a state that `create_state` made, to write."""
+    # A block of zeros is stored as any other: -0.0 would otherwise come back as 0.0.
+    spec = {"driver": "zarr3", "kvstore": _store(state, name), "store_data_equal_to_fill_value": True}
+    return tensorstore.open(spec, open=True).result()
+
+
+def _store(state: Path, name: str) -> str:
+    return f"file://{state.resolve()}/{name}/"
+
+
+def _spec(shape: tuple[int, ...], chunk: list[int], dtype: np.dtype, order: tuple[int, ...]) -> tensorstore.Spec:
+    codecs: list[dict[str, Any]] = [{"name": "transpose", "configuration": {"order": list(order)}}]
+    codecs.append({"name": "bytes", "configuration": {"endian": "little"}} if dtype.itemsize > 1 else {"name": "bytes"})
+    metadata = {
+        "data_type": dtype.name,
+        "shape": list(shape),
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
+        "codecs": codecs if shape else codecs[1:],
+    }
+    return tensorstore.Spec({"driver": "zarr3", "metadata": metadata})
+
+
+def _files(inventory: Inventory) -> list[Path]:
+    """Every file with a tensor of the model, in the order of their names."""
+    return sorted({place.info.file for place in (*inventory.places.values(), *inventory.scales.values())})
+
+
+def _matrices_by_file(inventory: Inventory) -> dict[Path, list[tuple[Leaf, tuple[int, ...]]]]:
+    """The matrices of every file, in the order they lie in it."""
+    found: dict[Path, list[tuple[Place, Leaf, tuple[int, ...]]]] = {file: [] for file in _files(inventory)}
+    for leaf in inventory.leaves:
+        if leaf.column_dims:
+            for name, index in leaf.tensors():
+                place = inventory.places[name]
+                found[place.info.file].append((place, leaf, index))
+    for matrices in found.values():
+        matrices.sort(key=lambda one: (one[0].info.begin, one[0].first_row))
+    return {file: [(leaf, index) for _, leaf, index in matrices] for file, matrices in found.items()}

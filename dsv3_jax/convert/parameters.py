@@ -1,0 +1,62 @@
+"""Tensors into a model's arrays, each device's part of them alone."""
+
+import itertools
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+
+from dsv3_jax.convert.sources import TensorSource, values
+from dsv3_jax.convert.tensors import Leaf
+
+Tree = dict[str, Any]
+
+
+def read_parameters(source: TensorSource, abstract: Tree) -> Tree:
+    """Arrays for the tree {"parameters": ..., "router_bias": ...} of ShapeDtypeStructs, or one of the two.
+
+    Each in the type of its leaf and placed by its sharding, on the first device where it has none. What this process's
+    devices do not hold is not read.
+    """
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    leaves = {leaf.path: leaf for leaf in source.leaves}
+
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+
+        def array(path: tuple[Any, ...], wanted: Any) -> jax.Array:
+            leaf = leaves[tuple(key.key for key in path)]
+            assert tuple(wanted.shape) == leaf.shape, f"{leaf.name}: {wanted.shape} wanted of {leaf.shape}"
+            sharding = getattr(wanted, "sharding", None) or here
+            indices = sharding.addressable_devices_indices_map(leaf.shape)
+            bounds = {device: _bounds(leaf, index) for device, index in indices.items()}
+            # Devices that hold the same part, copies of the model, share one reading of it.
+            parts = {part: _part_of(source, leaf, part, wanted.dtype, pool) for part in set(bounds.values())}
+            on_devices = [jax.device_put(parts[part], device) for device, part in bounds.items()]
+            return jax.make_array_from_single_device_arrays(leaf.shape, sharding, on_devices)
+
+        return jax.tree_util.tree_map_with_path(array, abstract)
+
+
+def _bounds(leaf: Leaf, index: tuple[slice, ...] | None) -> tuple[tuple[int, int], ...]:
+    index = index or ()
+    dims = [*index, *[slice(None)] * (len(leaf.shape) - len(index))]
+    return tuple(one.indices(size)[:2] for one, size in zip(dims, leaf.shape, strict=True))
+
+
+def _part_of(
+    source: TensorSource, leaf: Leaf, bounds: tuple[tuple[int, int], ...], dtype: Any, pool: ThreadPoolExecutor
+) -> np.ndarray:
+    """The part of a parameter between these bounds, put together from the tensors it lies in."""
+    part = np.empty([stop - start for start, stop in bounds], np.dtype(dtype))
+    as_tensors = part.transpose(leaf.order)
+    of_matrix = tuple(slice(*bounds[dim]) for dim in leaf.row_dims + leaf.column_dims)
+    firsts = [bounds[dim][0] for dim in leaf.index_dims]
+
+    def fill(index: tuple[int, ...]) -> None:
+        inside = tuple(one - first for one, first in zip(index, firsts, strict=True))
+        as_tensors[inside] = values(source, leaf, index, of_matrix)
+
+    list(pool.map(fill, itertools.product(*(range(*bounds[dim]) for dim in leaf.index_dims))))
+    return part

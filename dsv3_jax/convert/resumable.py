@@ -1,0 +1,146 @@
+"""Work that a killed process leaves half done and the next one goes on with."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dsv3_jax.convert.errors import ConversionError
+from dsv3_jax.files import naming
+
+JOURNAL = "finished.jsonl"
+
+
+class PartialFolder:
+    """The folder a result grows in, OUT.partial, with a journal of what is complete; renamed to OUT at the end.
+
+    A unit is written to the journal when everything of it is on disk, so half a unit never counts.
+    """
+
+    def __init__(self, out: Path, identity: Any):
+        """Begin, or go on with what another process began from the same `identity` (anything that JSON holds).
+
+        Raises:
+            ConversionError: `out` exists, or what was begun there was another conversion.
+        """
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ConversionError(f"{out} exists: give a new folder, or remove it")
+        self.out, self.path = out, out.with_name(out.name + ".partial")
+        self._journal = self.path / JOURNAL
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        lines = self._lines()
+        if self.path.exists() and any(self.path.iterdir()) and (not lines or lines[0] != digest):
+            raise ConversionError(
+                f"{self.path} is what another conversion left (another source, or a source that has changed): remove it"
+            )
+        self.finished = set(lines[1:])
+        """Units that are complete."""
+        if not lines:
+            with naming(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+            self._append(digest)
+
+    def finish(self, unit: str) -> None:
+        """Note a unit whose files are all on disk."""
+        self._append(unit)
+        self.finished.add(unit)
+
+    def complete(self) -> None:
+        """Give the folder its name."""
+        self._journal.unlink()
+        if self.out.exists():
+            self.out.rmdir()  # empty, or the constructor had refused it
+        self.path.replace(self.out)
+        _sync(self.out.parent)
+
+    def _append(self, line: str) -> None:
+        with naming(self._journal), self._journal.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _lines(self) -> list[str]:
+        """Whole lines of the journal: the last one may have been cut."""
+        if not self._journal.exists():
+            return []
+        lines = self._journal.read_text(encoding="utf-8").splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def run_units(
+    units: Iterable[tuple[str, Iterable[Callable[[], None]]]], workers: int, finished: Callable[[str], None]
+) -> None:
+    """Run every task of every unit in threads, and say when the last task of a unit is done.
+
+    Units overlap, so that the end of one does not leave threads idle; of tasks only a few wait at a time. The first
+    error ends it: what runs is waited for, the rest is not begun.
+    """
+    waiting: deque[tuple[str, Future[None] | None]] = deque()
+
+    def settle(most: int) -> None:
+        while len(waiting) > most:
+            unit, future = waiting.popleft()
+            if future is None:
+                finished(unit)
+            else:
+                future.result()
+
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for unit, tasks in units:
+                for task in tasks:
+                    waiting.append((unit, pool.submit(task)))
+                    settle(2 * workers)
+                waiting.append((unit, None))
+            settle(0)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def keeping(folder: Path) -> Iterator[None]:
+    """What fails while writing into `folder` becomes one line that says what is kept."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        # TensorStore reports a full disk as ValueError or RuntimeError.
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConversionError(
+            f"cannot write {folder}: {reason}; what was complete is kept, and the same command goes on from there"
+        ) from error
+
+
+def require_space(out: Path, needed: int) -> None:
+    """Raise ConversionError where the disk that `out` will be on has not so many bytes left."""
+    free = free_space(out)
+    if free < needed:
+        raise ConversionError(
+            f"{out} needs {needed / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB left: free some, or choose "
+            "another disk"
+        )
+
+
+def free_space(out: Path) -> int:
+    return shutil.disk_usage(on_disk(out)).free
+
+
+def on_disk(out: Path) -> Path:
+    """The folder above `out` that exists."""
+    existing = out.resolve()
+    while not existing.is_dir():
+        existing = existing.parent
+    return existing
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
