@@ -72,9 +72,9 @@ def _files(path: Path) -> list[Path]:
                 raise ConversionError(f"{path / INDEX}: file {name!r} must be a name in the same folder")
         missing = sorted(named - {file.name for file in files})
         if missing:
+            what = "this one is" if len(missing) == 1 else f"{len(missing)} are"
             raise ConversionError(
-                f"{path / missing[0]} is missing, as are {len(missing) - 1} other of the {len(named)} files that "
-                f"{INDEX} names"
+                f"{path / missing[0]} is missing: {INDEX} names {len(named)} files, of which {what} not there"
             )
         return [file for file in files if file.name in named]
     if not files:

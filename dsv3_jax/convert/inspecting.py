@@ -9,7 +9,7 @@ from pathlib import Path
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.convert.directory import HuggingFaceDirectory, is_hugging_face, open_directory
 from dsv3_jax.convert.importing import bytes_of
-from dsv3_jax.convert.inventory import Inventory, take_inventory
+from dsv3_jax.convert.inventory import SCALE, Inventory, take_inventory
 from dsv3_jax.convert.opening import open_model
 from dsv3_jax.convert.outputs import DType, outputs_of, size_of
 from dsv3_jax.convert.projection import in_words, memory
@@ -57,7 +57,7 @@ def _directory_lines(directory: HuggingFaceDirectory, inventory: Inventory, whol
     for text in inventory.notes:
         yield _line("note", text)
     found, copies = len(inventory.places), len(inventory.copies)
-    wanted = found + len([name for name in inventory.missing if name not in inventory.scales])
+    wanted = found + len([name for name in inventory.missing if not name.endswith(SCALE)])
     scales = f", {len(inventory.scales):,} scales" if inventory.scales else ""
     mtp = f", {copies} copies of embedding and head" if copies else ""
     yield _line("plan", f"{found:,} of {wanted:,} tensors{scales}{mtp}")
