@@ -68,8 +68,10 @@ def _files(path: Path) -> list[Path]:
     if (path / INDEX).is_file():
         named = set(_weight_map(path).values())
         for name in sorted(named):
-            if Path(name).name != name:
-                raise ConversionError(f"{path / INDEX}: file {name!r} must be a name in the same folder")
+            if name.endswith(PICKLES):
+                raise _pickle(path / name)
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise ConversionError(f"{path / INDEX}: file {name!r} must be a *.safetensors in the same folder")
         missing = sorted(named - {file.name for file in files})
         if missing:
             what = "this one is" if len(missing) == 1 else f"{len(missing)} are"
@@ -80,13 +82,16 @@ def _files(path: Path) -> list[Path]:
     if not files:
         pickles = sorted(file.name for file in path.iterdir() if file.suffix in PICKLES)
         if pickles:
-            raise ConversionError(
-                f"{path / pickles[0]} is a pickle, which can run any code when it is read, so it is never opened here. "
-                "Where you trust it: transformers.AutoModelForCausalLM.from_pretrained(DIR, dtype='auto')"
-                ".save_pretrained(OUT) writes safetensors"
-            )
+            raise _pickle(path / pickles[0])
         raise ConversionError(f"{path} has no *.safetensors file")
     return files
+
+
+def _pickle(file: Path) -> ConversionError:
+    return ConversionError(
+        f"{file} is a pickle, which can run any code when it is read, so it is never opened here. Where you trust it: "
+        "transformers.AutoModelForCausalLM.from_pretrained(DIR, dtype='auto').save_pretrained(OUT) writes safetensors"
+    )
 
 
 def _weight_map(path: Path) -> dict[str, str]:

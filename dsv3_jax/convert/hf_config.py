@@ -92,7 +92,7 @@ def read_config(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise HuggingFaceConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise HuggingFaceConfigError(f"{path}: is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise HuggingFaceConfigError(f"{path}: holds {type(values).__name__}, must hold a JSON object")

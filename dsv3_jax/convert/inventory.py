@@ -20,6 +20,8 @@ FP8 = "F8_E4M3"
 FLOATS = ("F32", "BF16", "F16")
 SCALE_TYPES = ("F32", "F8_E8M0")
 SCALE = "_scale_inv"
+# Many times those of any model there is.
+MOST_LAYERS, MOST_EXPERTS = 1000, 1_000_000
 # Buffers that old checkpoints carry and every implementation computes.
 IGNORED = re.compile(r"rotary_emb\.inv_freq$")
 # transformers 5 keeps the experts of a layer in two tensors: gate_up_proj [E, 2F, D], gates first, and down_proj.
@@ -67,9 +69,11 @@ class Inventory:
     def refuse_problems(self, directory: HuggingFaceDirectory) -> None:
         """Raise ConversionError naming the first problem of each kind and their numbers."""
         told = list(self.wrong[:1])
-        for names, what in ((self.missing, "missing"), (self.left_over, "not of this model")):
-            if names:
-                told.append(f"{len(names)} tensors are {what}, the first {names[0]}")
+        if self.missing:
+            told.append(f"{len(self.missing)} tensors are missing, the first {self.missing[0]}")
+        if self.left_over:
+            info = directory.tensors[self.left_over[0]]
+            told.append(f"{len(self.left_over)} tensors are not of this model, the first {info.name} in {info.file}")
         if told:
             raise ConversionError(f"{directory.path} is not a whole checkpoint of its config.json: {'; '.join(told)}")
 
@@ -83,7 +87,12 @@ def opened_inventory(source: Path) -> tuple[HuggingFaceDirectory, Inventory]:
 
 
 def take_inventory(directory: HuggingFaceDirectory) -> Inventory:
-    """Every tensor's place in the model, and every one without. Reads nothing."""
+    """Every tensor's place in the model, and every one without. Reads nothing.
+
+    Raises:
+        ConversionError: config.json asks for more layers or experts than there are models of.
+    """
+    _refuse_absurd_sizes(directory)
     model, notes = _without_absent_mtp(directory)
     leaves, found = leaves_of(model), directory.tensors
     inventory = Inventory(model, leaves, {}, {}, {}, False, "F32", [], [], [], notes)
@@ -109,8 +118,22 @@ def take_inventory(directory: HuggingFaceDirectory) -> Inventory:
             inventory.copies[copy] = original
             if (found[copy].shape, found[copy].dtype) != (found[original].shape, found[original].dtype):
                 inventory.wrong.append(_wrong(found[copy], f"must have shape and type of {original}, which it repeats"))
+    # The experts of a fused tensor find the same fault each.
+    inventory.missing = list(dict.fromkeys(inventory.missing))
+    inventory.wrong = list(dict.fromkeys(inventory.wrong))
     inventory.left_over += [name for name in found if name not in used and not IGNORED.search(name)]
     return inventory
+
+
+def _refuse_absurd_sizes(directory: HuggingFaceDirectory) -> None:
+    """Before anything is made for every layer and expert that a damaged config.json names."""
+    model = directory.model
+    layers = model.layers + model.mtp_depth
+    if layers > MOST_LAYERS or layers * model.experts > MOST_EXPERTS:
+        raise ConversionError(
+            f"{directory.path / 'config.json'} asks for {model.layers:,} layers, {model.mtp_depth:,} MTP layers and "
+            f"{model.experts:,} experts in each: at most {MOST_LAYERS:,} layers and {MOST_EXPERTS:,} experts are read"
+        )
 
 
 def _without_absent_mtp(directory: HuggingFaceDirectory) -> tuple[ModelConfig, list[str]]:
@@ -149,8 +172,9 @@ def _fused(
     inventory.fused_experts = True
     rows_an_expert = rows if which == "down" else 2 * rows
     whole = (experts, rows_an_expert, columns)
-    if info.shape != whole and number == 0:
+    if info.shape != whole:
         inventory.wrong.append(_wrong(info, f"has shape {list(info.shape)}, not {list(whole)}"))
+        return Place(info)
     return Place(info.flattened(), number * rows_an_expert + (rows if which == "up" else 0))
 
 
@@ -202,14 +226,20 @@ def check_values(inventory: Inventory, reader: SafetensorsReader) -> None:
     )
     for leaf, _, place in scales:
         values = decoded_scales(read_rows(reader, place, scale_shape(*leaf.matrix_shape)[0]), place.info.dtype)
-        if not np.isfinite(values).all() or (values < 0).any():
-            raise ConversionError(_wrong(place.info, "has a NaN, an infinity or a negative number among its scales"))
+        _refuse(place, values, ~np.isfinite(values) | (values < 0), "a scale must be finite and not negative")
     for leaf in inventory.leaves:
         if leaf.is_router_bias:
             for name, _ in leaf.tensors():
-                info = inventory.places[name].info
-                if not np.isfinite(reader.read(info).astype(np.float32)).all():
-                    raise ConversionError(_wrong(info, "has a NaN or an infinity: a router bias must be finite"))
+                place = inventory.places[name]
+                values = reader.read(place.info).astype(np.float32)
+                _refuse(place, values, ~np.isfinite(values), "a router bias must be finite")
+
+
+def _refuse(place: Place, values: np.ndarray, bad: np.ndarray, right: str) -> None:
+    if bad.any():
+        first = tuple(np.argwhere(bad)[0])
+        at = [int(first[0]) + place.first_row, *map(int, first[1:])]
+        raise ConversionError(_wrong(place.info, f"has {values[first]} at {at}: {right}"))
 
 
 def read_rows(reader: SafetensorsReader, place: Place, rows: int) -> np.ndarray:

@@ -1,0 +1,105 @@
+"""Directories whose headers are in order: what their scales and biases hold, what is not there, and their code."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dsv3_jax.convert.directory import open_directory
+from dsv3_jax.convert.exporting import export_checkpoint
+from dsv3_jax.convert.importing import import_checkpoint
+from dsv3_jax.convert.inventory import take_inventory
+from dsv3_jax.training.checkpoint import open_checkpoint
+from tests.reference.hf_checkpoint import fabricate
+from tests.reference.hf_folder import BIAS, DOWN, UP, Folder, filled, nothing_written, refusal
+
+
+@pytest.fixture(scope="module")
+def good(tiny_model, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("good")
+    fabricate(path, tiny_model(width=132, dense_ffn_width=260), dtype="fp8", shards=3)
+    return path
+
+
+@pytest.fixture
+def folder(good, tmp_path) -> Folder:
+    shutil.copytree(good, tmp_path / "in")
+    return Folder(tmp_path / "in")
+
+
+def _value(name: str, value: float, place: tuple[int, ...]) -> Callable[[Folder], None]:
+    def breaks(folder: Folder) -> None:
+        tensor = folder.tensor(name)
+        tensor[place] = value
+        folder.put(name, tensor)
+
+    return breaks
+
+
+BAD_VALUES = {
+    "NaN scale": (_value(DOWN + "_scale_inv", float("nan"), (1, 2)), [f"tensor {DOWN}_scale_inv", "nan at [1, 2]"]),
+    "infinite scale": (_value(UP + "_scale_inv", float("inf"), (0, 1)), [f"tensor {UP}_scale_inv", "inf at [0, 1]"]),
+    "negative scale": (
+        _value(DOWN + "_scale_inv", -0.5, (0, 1)),
+        [f"{DOWN}_scale_inv", "-0.5 at [0, 1]", "not negative"],
+    ),
+    "NaN bias": (_value(BIAS, float("nan"), (3,)), [f"{{BIAS}}: tensor {BIAS} has nan at [3]", "must be finite"]),
+    "infinite bias": (_value(BIAS, float("-inf"), (0,)), [f"{{BIAS}}: tensor {BIAS} has -inf at [0]"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_VALUES)
+def test_what_scales_and_biases_tell_is_refused(folder, case):
+    breaks, parts = BAD_VALUES[case]
+    parts = filled(parts, folder)
+    breaks(folder)
+    for function in (import_checkpoint, export_checkpoint):
+        message = refusal(function, folder.path, folder.path.with_name("out"))
+        for part in parts:
+            assert part in message, message
+        assert nothing_written(folder)
+
+
+def test_an_absent_mtp_module_is_a_note(folder):
+    for name in folder.mtp():
+        folder.put(name, None)
+    inventory = take_inventory(open_directory(folder.path))
+    assert inventory.model.mtp_depth == 0
+    (note,) = inventory.notes
+    assert "config.json names 1 MTP layers, but no tensor of layer 3 is there" in note
+    import_checkpoint(folder.path, out := folder.path.with_name("out"))
+    assert open_checkpoint(out).config.model.mtp_depth == 0
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (8, 12, 132), (7, 24, 132)])
+def test_fused_experts_of_a_wrong_shape_are_named_once(tiny_model, tmp_path, shape):
+    fabricate(tmp_path / "in", tiny_model(), dtype="bf16", fused=True)
+    file, name = tmp_path / "in" / "model.safetensors", "model.layers.1.mlp.experts.gate_up_proj"
+    save_file(load_file(file) | {name: torch.ones(shape, dtype=torch.bfloat16)}, file)
+    inventory = take_inventory(open_directory(tmp_path / "in"))
+    assert inventory.wrong == [f"{file}: tensor {name} has shape {list(shape)}, not [8, 24, 36]"]
+    assert (inventory.missing, inventory.left_over) == ([], [])
+    assert inventory.wrong[0] in refusal(import_checkpoint, tmp_path / "in", tmp_path / "out")
+
+
+def test_code_is_neither_run_nor_copied(folder):
+    ran = folder.path / "ran"
+    for name in ("modeling_evil.py", "configuration_evil.py", "tokenization_evil.py", "conftest.py"):
+        (folder.path / name).write_text(f"open({str(ran)!r}, 'w')")
+    (folder.path / "sub").mkdir()
+    torch.save({}, folder.path / "optimizer.pt")
+    folder.config(auto_map={"AutoConfig": "configuration_evil.Config", "AutoModelForCausalLM": "modeling_evil.Model"})
+    imported, exported = folder.path.with_name("imported"), folder.path.with_name("exported")
+    import_checkpoint(folder.path, imported)
+    export_checkpoint(imported, exported)
+    export_checkpoint(folder.path, folder.path.with_name("again"))
+    assert not ran.exists() and not any("evil" in name for name in sys.modules)
+    for out in (imported, exported, folder.path.with_name("again")):
+        kinds = {file.suffix for file in out.rglob("*") if file.is_file()}
+        assert not kinds & {".py", ".pt", ".bin"}
+        assert "auto_map" not in (json.loads((out / "config.json").read_text()) if out != imported else {})
