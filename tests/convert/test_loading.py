@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+import dsv3_jax
 import infer
 import train
 from dsv3_jax.command_line import parse_train
@@ -27,7 +28,7 @@ from dsv3_jax.inference.arguments import parse_infer
 from dsv3_jax.model.functional import abstract_trees, parameter_specs, skeleton_of
 from dsv3_jax.training.checkpoint import open_checkpoint
 from dsv3_jax.training.metrics import read_metrics
-from sharding.mesh import shardings
+from sharding.mesh import LayoutError, shardings
 from tests.convert.test_round_trip import FORMS, UNEVEN
 from tests.reference.hf_checkpoint import fabricate
 
@@ -155,3 +156,14 @@ def test_text_is_generated_from_a_hugging_face_directory(tmp_path, tiny_model, c
 def test_a_configuration_of_a_model_that_came_without_one_is_whole(tiny_model):
     config = fine_tuning_config(tiny_model(maximum_positions=64))
     assert config.training.sequence_length == 64 and config.training.steps == 1000
+
+
+def test_a_model_divided_over_a_mesh_computes_the_same(tmp_path, tiny_model, mesh_with):
+    fabricate(tmp_path, tiny_model(width=48, vocabulary=64, heads=4, query_latent=16), dtype="f32")
+    tokens = np.arange(40, dtype=np.int32).reshape(2, 20)
+    alone = dsv3_jax.load(tmp_path)[0](tokens)
+    divided = dsv3_jax.load(tmp_path, mesh=mesh_with(fsdp=2, expert=4))[0]
+    assert divided.head[...].addressable_shards[0].data.shape == (6, 64)
+    np.testing.assert_allclose(divided(tokens), alone, rtol=1e-5, atol=1e-5)
+    with pytest.raises(LayoutError, match="mesh.fsdp=5"):
+        dsv3_jax.load(tmp_path, mesh=mesh_with(fsdp=5))
