@@ -41,11 +41,12 @@ class TrainArguments:
 
     config: Annotated[Config, tyro.conf.arg(name="")]
     config_name: Annotated[str, tyro.conf.arg(name="config")]
-    """Name of a file in configs/; every option below defaults to its value there."""
+    """Name of a file in configs/, or a folder with a model to take it from; every option below defaults to its value
+    there."""
     workdir: Path
     """Folder of the run: config.json, metrics, checkpoints, plots, summary.json."""
     init: Path | None
-    """Start from the parameters of this workdir or checkpoint."""
+    """Start from the parameters of this workdir, checkpoint or Hugging Face directory."""
     process: ProcessArguments
     describe: bool
     """Print where every parameter lives on the mesh, and train nothing."""
@@ -64,7 +65,9 @@ def parse_train(argv: Sequence[str]) -> TrainArguments:
     arguments = parse_with_config(
         argv,
         "python train.py",
-        lambda config, name: TrainArguments(config, name, Path("runs") / name, None, ProcessArguments(), False),
+        lambda config, name: TrainArguments(
+            config, name, Path("runs") / Path(name).name, None, ProcessArguments(), False
+        ),
         flags=("describe",),
     )
     for option, folder in (("workdir", arguments.workdir), ("init", arguments.init)):
@@ -120,10 +123,19 @@ def config_names() -> list[str]:
 
 
 def load_config(name: str | None) -> Config:
-    """The value `config` of configs/NAME.py. Raises ArgumentError, with the list, where there is none."""
+    """The value `config` of configs/NAME.py, or that of the model in a folder.
+
+    Raises:
+        ArgumentError: neither; with the list of names.
+        UserError: a folder without a whole model.
+    """
     names = config_names()
     if not name:
         raise ArgumentError(f"--config=NAME is missing; NAME is one of {', '.join(names)}")
+    if name not in names and Path(name).is_dir():
+        from dsv3_jax.convert.opening import open_model  # Orbax and TensorStore, that most commands do without
+
+        return open_model(Path(name)).config
     if name not in names:
         raise ArgumentError(f"--config={name} does not exist{suggestion(name, names)}; there are {', '.join(names)}")
     return importlib.import_module(f"configs.{name}").config

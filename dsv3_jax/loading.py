@@ -6,19 +6,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from dsv3_jax.config import Config, ConfigError
 from dsv3_jax.convert.opening import OpenedModel, open_model
 from dsv3_jax.data.tokenizer import tokenizer_from
 from dsv3_jax.inference.weights import with_inference_types
-from dsv3_jax.model.functional import abstract_trees, put_together, skeleton_of
+from dsv3_jax.model.functional import Tree, abstract_trees, logical_axes, parameter_specs, put_together, skeleton_of
 from dsv3_jax.model.transformer import Transformer
+from sharding.mesh import one_device, shardings
+from sharding.rules import check_layout
 
 COMPUTE_TYPES = ("float32", "bfloat16")
 
 
-def load(path: str | Path, *, dtype: Any = None) -> tuple[Transformer, Config, Tokenizer | None]:
+def load(
+    path: str | Path, *, mesh: Mesh | None = None, dtype: Any = None
+) -> tuple[Transformer, Config, Tokenizer | None]:
     """The model on disk, its configuration and, where it has one, its tokenizer.
 
     `model(tokens)` gives float32 logits [B, S, W] of int32 tokens [B, S]. Nothing but the parameters is read, and they
@@ -26,22 +31,29 @@ def load(path: str | Path, *, dtype: Any = None) -> tuple[Transformer, Config, T
 
     Args:
         path: a workdir of train.py (its newest checkpoint), a checkpoint, or a Hugging Face directory.
+        mesh: devices to divide the parameters over, as training does; each process reads what its devices hold. None:
+            the first device.
         dtype: "float32" or "bfloat16", what the matmuls compute in; None: the saved `model.precision`.
 
     Raises:
         UserError: none of these there, or one that is not whole.
         ConfigError: another dtype.
+        LayoutError: a parameter does not divide over the mesh.
     """
-    return load_opened(open_model(Path(path)), dtype=dtype)
+    return load_opened(open_model(Path(path)), mesh=mesh, dtype=dtype)
 
 
-def load_opened(opened: OpenedModel, *, dtype: Any = None) -> tuple[Transformer, Config, Tokenizer | None]:
+def load_opened(
+    opened: OpenedModel, *, mesh: Mesh | None = None, dtype: Any = None
+) -> tuple[Transformer, Config, Tokenizer | None]:
     """`load` of a model that is open already."""
     config = opened.config if dtype is None else _with_precision(opened.config, dtype)
-    skeleton = skeleton_of(config.model)
+    skeleton, mesh = skeleton_of(config.model), mesh or one_device()
     parameters, router_bias = abstract_trees(skeleton)
+    check_layout(parameters, logical_axes(skeleton), mesh)
     parameters = with_inference_types(_abstract, parameters, config.model.precision)
-    read = opened.read({"parameters": parameters, "router_bias": router_bias})
+    placed = shardings(mesh, parameter_specs(skeleton, mesh))
+    read = opened.read({"parameters": _placed(parameters, placed[0]), "router_bias": _placed(router_bias, placed[1])})
     model = put_together(skeleton, read["parameters"], read["router_bias"])
     return model, config, tokenizer_of(opened)
 
@@ -51,6 +63,10 @@ def tokenizer_of(opened: OpenedModel) -> Tokenizer | None:
     if opened.tokenizer is None:
         return None
     return tokenizer_from(opened.tokenizer, f"the tokenizer of {opened.path}", opened.config.model.vocabulary)
+
+
+def _placed(abstract: Tree, places: Tree) -> Tree:
+    return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), abstract, places)
 
 
 def _abstract(leaf: Any, dtype: jnp.dtype) -> jax.ShapeDtypeStruct:

@@ -4,7 +4,7 @@ import dataclasses
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -12,7 +12,6 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.convert.directory import HuggingFaceDirectory, open_directory
 from dsv3_jax.convert.errors import ConversionError
 from dsv3_jax.convert.fp8_blocks import BLOCK, decoded_scales, scale_shape
-from dsv3_jax.convert.safetensors_file import SafetensorsReader
 from dsv3_jax.convert.safetensors_header import TensorInfo
 from dsv3_jax.convert.tensors import Leaf, copies_of, leaves_of
 
@@ -26,6 +25,12 @@ MOST_LAYERS, MOST_EXPERTS = 1000, 1_000_000
 IGNORED = re.compile(r"rotary_emb\.inv_freq$")
 # transformers 5 keeps the experts of a layer in two tensors: gate_up_proj [E, 2F, D], gates first, and down_proj.
 EXPERT = re.compile(r"(?P<experts>.*\.experts)\.(?P<number>\d+)\.(?P<which>gate|up|down)_proj\.weight")
+
+
+class Reader(Protocol):
+    """SafetensorsReader, or what stands in for it."""
+
+    def read(self, info: TensorInfo, rows: slice = slice(None), columns: slice = slice(None)) -> np.ndarray: ...
 
 
 class Place(NamedTuple):
@@ -212,7 +217,7 @@ def _wrong(info: TensorInfo, what: str) -> str:
     return f"{info.file}: tensor {info.name} {what}"
 
 
-def check_values(inventory: Inventory, reader: SafetensorsReader) -> None:
+def check_values(inventory: Inventory, reader: Reader) -> None:
     """Refuse scales and router biases that are no numbers, before anything is made of them; reads these alone.
 
     Raises:
@@ -242,6 +247,6 @@ def _refuse(place: Place, values: np.ndarray, bad: np.ndarray, right: str) -> No
         raise ConversionError(_wrong(place.info, f"has {values[first]} at {at}: {right}"))
 
 
-def read_rows(reader: SafetensorsReader, place: Place, rows: int) -> np.ndarray:
+def read_rows(reader: Reader, place: Place, rows: int) -> np.ndarray:
     """The rows of a place, in the type of the file."""
     return reader.read(place.info, slice(place.first_row, place.first_row + rows))

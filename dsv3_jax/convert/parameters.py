@@ -1,6 +1,7 @@
 """Tensors into a model's arrays, each device's part of them alone."""
 
 import itertools
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -12,6 +13,8 @@ from dsv3_jax.convert.sources import TensorSource, values
 from dsv3_jax.convert.tensors import Leaf
 
 Tree = dict[str, Any]
+Bounds = tuple[tuple[int, int], ...]
+"""Start and stop in every dim."""
 
 
 def read_parameters(source: TensorSource, abstract: Tree) -> Tree:
@@ -31,23 +34,43 @@ def read_parameters(source: TensorSource, abstract: Tree) -> Tree:
             sharding = getattr(wanted, "sharding", None) or here
             indices = sharding.addressable_devices_indices_map(leaf.shape)
             bounds = {device: _bounds(leaf, index) for device, index in indices.items()}
-            # Devices that hold the same part, copies of the model, share one reading of it.
-            parts = {part: _part_of(source, leaf, part, wanted.dtype, pool) for part in set(bounds.values())}
+            parts = _parts_of(source, leaf, set(bounds.values()), wanted.dtype, pool)
             on_devices = [jax.device_put(parts[part], device) for device, part in bounds.items()]
             return jax.make_array_from_single_device_arrays(leaf.shape, sharding, on_devices)
 
         return jax.tree_util.tree_map_with_path(array, abstract)
 
 
-def _bounds(leaf: Leaf, index: tuple[slice, ...] | None) -> tuple[tuple[int, int], ...]:
+def _bounds(leaf: Leaf, index: tuple[slice, ...] | None) -> Bounds:
     index = index or ()
     dims = [*index, *[slice(None)] * (len(leaf.shape) - len(index))]
     return tuple(one.indices(size)[:2] for one, size in zip(dims, leaf.shape, strict=True))
 
 
-def _part_of(
-    source: TensorSource, leaf: Leaf, bounds: tuple[tuple[int, int], ...], dtype: Any, pool: ThreadPoolExecutor
-) -> np.ndarray:
+def _parts_of(
+    source: TensorSource, leaf: Leaf, wanted: set[Bounds], dtype: Any, pool: ThreadPoolExecutor
+) -> dict[Bounds, np.ndarray]:
+    """Parts of a parameter, each read once, whichever devices hold it."""
+    around = tuple(
+        (min(first), max(last)) for first, last in (zip(*dim, strict=True) for dim in zip(*wanted, strict=True))
+    )
+    if sum(map(_volume, wanted)) < _volume(around):
+        return {bounds: _part_of(source, leaf, bounds, dtype, pool) for bounds in wanted}
+    # They fill the space between them: one reading has longer pieces of rows.
+    whole = _part_of(source, leaf, around, dtype, pool)
+
+    def inside(bounds: Bounds) -> tuple[slice, ...]:
+        dims = zip(bounds, around, strict=True)
+        return tuple(slice(start - first, stop - first) for (start, stop), (first, _) in dims)
+
+    return {bounds: whole[inside(bounds)] for bounds in wanted}
+
+
+def _volume(bounds: Bounds) -> int:
+    return math.prod(stop - start for start, stop in bounds)
+
+
+def _part_of(source: TensorSource, leaf: Leaf, bounds: Bounds, dtype: Any, pool: ThreadPoolExecutor) -> np.ndarray:
     """The part of a parameter between these bounds, put together from the tensors it lies in."""
     part = np.empty([stop - start for start, stop in bounds], np.dtype(dtype))
     as_tensors = part.transpose(leaf.order)

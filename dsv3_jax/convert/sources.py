@@ -16,14 +16,13 @@ import tensorstore
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.convert.errors import ConversionError
 from dsv3_jax.convert.fp8_blocks import decoded_scales, dequantized, requantized, scale_shape
-from dsv3_jax.convert.inventory import FP8, Inventory, read_rows
-from dsv3_jax.convert.safetensors_file import SafetensorsReader
+from dsv3_jax.convert.inventory import FP8, Inventory, Reader, read_rows
 from dsv3_jax.convert.safetensors_header import DTYPES
 from dsv3_jax.convert.tensors import Leaf, Part, leaves_of
 
 Index = tuple[int, ...]
-# Chunks that were read in part and are read on with the next tensors: experts may lie in one chunk.
-CACHED_CHUNKS = 256 * 2**20
+# Chunks that were read in part and are read on with the next blocks: those of a trained checkpoint lie across tensors.
+CACHED_CHUNKS = 768 * 2**20
 TYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -68,7 +67,7 @@ def values(source: TensorSource, leaf: Leaf, index: Index, part: Part) -> np.nda
 class DirectoryTensors:
     """Those of a Hugging Face directory, whose inventory has no problems."""
 
-    def __init__(self, inventory: Inventory, reader: SafetensorsReader):
+    def __init__(self, inventory: Inventory, reader: Reader):
         self.model, self.leaves = inventory.model, inventory.leaves
         self.form = StoredForm(inventory.scale_type, inventory.fused_experts, bool(inventory.copies))
         self._inventory, self._reader = inventory, reader

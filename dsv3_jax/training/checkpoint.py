@@ -28,6 +28,9 @@ from dsv3_jax.errors import UserError
 
 PyTree = Any
 
+CHUNK_BYTES = 64 * 2**20
+"""Larger arrays are written in chunks of about that, so that a part can be read without the whole."""
+
 MODEL_PARTS = ("state/_METADATA", "config/config.json")
 """What makes a folder a model that can be opened."""
 
@@ -97,7 +100,7 @@ class Checkpoints:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.PyTreeSave(state),
+                    state=ocp.args.PyTreeSave(state, save_args=_in_chunks(state)),
                     data=ocp.args.JsonSave(data_state),
                     **{name: ocp.args.JsonSave(text) for name, text in self._texts.items()},
                 ),
@@ -140,6 +143,19 @@ class Checkpoints:
             good = complete_steps(self.directory)
             kept = f"step {good[-1]} is the last good one" if good else "there is no earlier one"
             raise CheckpointError(f"cannot {doing} in {self.directory}: {_reason(error)}; {kept}") from error
+
+
+def _in_chunks(state: PyTree) -> PyTree:
+    """How Orbax is to divide every array: between layers and between experts before anywhere else."""
+
+    def one(path: tuple[Any, ...], array: Any) -> ocp.SaveArgs:
+        if getattr(array, "nbytes", 0) <= CHUNK_BYTES:
+            return ocp.SaveArgs()
+        names = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
+        index_dims = ("dense_blocks" in names or "moe_blocks" in names) + ("experts" in names)
+        return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=tuple(range(index_dims)))
+
+    return jax.tree_util.tree_map_with_path(one, state)
 
 
 def complete_steps(directory: Path) -> list[int]:
