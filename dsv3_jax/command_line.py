@@ -240,10 +240,15 @@ def expected(kind: Any) -> str:
     """A type in words: 'expected int or None', 'expected True or False', 'expected one of sigmoid, softmax'."""
     if kind is bool:
         return "expected True or False"
+    literal = typing.get_origin(kind) is typing.Literal
+    alternatives = (kind,) if literal else typing.get_args(kind) or (kind,)
+    return "expected " + " or ".join(map(_in_words, alternatives))
+
+
+def _in_words(kind: Any) -> str:
     if typing.get_origin(kind) is typing.Literal:
-        return f"expected one of {', '.join(map(str, typing.get_args(kind)))}"
-    alternatives = typing.get_args(kind) or (kind,)
-    return "expected " + " or ".join("None" if one is type(None) else one.__name__ for one in alternatives)
+        return f"one of {', '.join(map(str, typing.get_args(kind)))}"
+    return "None" if kind is type(None) else kind.__name__
 
 
 def suggestion(word: str, known: typing.Iterable[str], mark: str = "") -> str:

@@ -14,15 +14,14 @@ import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
 from dsv3_jax.command_line import expected, option_pairs, run_main, suggestion
-from dsv3_jax.convert.exporting import export_checkpoint, planned_export
-from dsv3_jax.convert.importing import bytes_of, import_checkpoint
+from dsv3_jax.convert.exporting import export_checkpoint
+from dsv3_jax.convert.importing import import_checkpoint
 from dsv3_jax.convert.inspecting import inspect
-from dsv3_jax.convert.inventory import opened_inventory
 from dsv3_jax.convert.observing import Bar
 from dsv3_jax.convert.outputs import DType, ScaleFormat
 from dsv3_jax.convert.projection import projected
@@ -38,9 +37,9 @@ class Import:
     Tensors keep their type: FP8 stays FP8. Killed, it goes on where it was when called again.
     """
 
-    hf_dir: tyro.conf.Positional[Path]
+    hf_dir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="HF_DIR")]
     """Folder with config.json, *.safetensors and, as a rule, tokenizer.json."""
-    out: tyro.conf.Positional[Path]
+    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
     """Folder to make."""
     workers: int = WORKERS
     """Threads, each holding some 32 MiB at a time."""
@@ -53,9 +52,9 @@ class Export:
     Killed, it goes on where it was when called again.
     """
 
-    checkpoint: tyro.conf.Positional[Path]
+    checkpoint: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CHECKPOINT")]
     """A workdir of train.py (its newest checkpoint), a checkpoint, or a Hugging Face directory."""
-    out: tyro.conf.Positional[Path]
+    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
     """Folder to make."""
     dtype: DType | None = None
     """fp8: blocks of 128 x 128 with scales, the rest bf16. None: every tensor as it is stored, bit for bit."""
@@ -71,7 +70,7 @@ class Export:
 class Inspect:
     """What is in a folder: model family, sizes, types, what is missing or left over, disk and memory that it takes."""
 
-    dir: tyro.conf.Positional[Path]
+    dir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
     """A Hugging Face directory, a workdir or a checkpoint."""
 
 
@@ -79,17 +78,17 @@ COMMANDS: dict[str, Any] = {"import": Import, "export": Export, "inspect": Inspe
 FLAGS = ("no_mtp",)
 
 
+class Console(Bar):
+    def plan(self, read: int, write: int, out: Path, workers: int) -> None:
+        print(projected(read, write, out, workers), file=sys.stderr)
+
+
 def main() -> None:
     match parse(sys.argv[1:]):
         case Import(source, out, workers):
-            _, inventory = opened_inventory(source)
-            size = sum(place.info.size for place in inventory.places.values())
-            print(projected(size, bytes_of(inventory), out, workers), file=sys.stderr)
-            import_checkpoint(source, out, workers=workers, observer=Bar())
+            import_checkpoint(source, out, workers=workers, observer=Console())
             print(f"{out}: python infer.py --checkpoint={out} --prompt=TEXT, or train.py --config=NAME --init={out}")
         case Export(source, out, dtype, scale_format, no_mtp, workers):
-            read, write = planned_export(source, dtype, scale_format, not no_mtp)
-            print(projected(read, write, out, workers), file=sys.stderr)
             export_checkpoint(
                 source,
                 out,
@@ -97,7 +96,7 @@ def main() -> None:
                 scale_format=scale_format,
                 mtp=not no_mtp,
                 workers=workers,
-                observer=Bar(),
+                observer=Console(),
             )
             print(f"{out}: transformers.AutoModelForCausalLM.from_pretrained('{out}')")
         case Inspect(folder):
@@ -129,11 +128,6 @@ def parse(argv: Sequence[str]) -> Any:
     # Folders may stand before, after or between the options.
     given = [word for place, word in enumerate(words) if not word.startswith("--") and not _is_value(words, place)]
     rest = [word for place, word in enumerate(words) if word.startswith("--") or _is_value(words, place)]
-    if len(given) != len(folders):
-        raise ArgumentError(
-            f"python -m dsv3_jax.convert {command} needs {' '.join(name.upper() for name in folders)}, "
-            f"not {len(given)} folders; --help lists the options"
-        )
     arguments = []
     for option, value in option_pairs(rest, FLAGS):
         if option not in options:
@@ -145,13 +139,23 @@ def parse(argv: Sequence[str]) -> Any:
         arguments.append(f"--{option}={value or 'True'}")
         try:
             with contextlib.redirect_stderr(io.StringIO()):
-                _tyro(command, kind, [arguments[-1], "--", *given])
+                _tyro(command, kind, [arguments[-1], "--", *folders])
         except SystemExit:
             raise ArgumentError(f"--{option}={value} cannot be read: {expected(hints[option])}") from None
+    _require_folders(command, [name.upper() for name in folders], given)
     parsed = _tyro(command, kind, [*arguments, "--", *given])
     if getattr(parsed, "workers", 1) < 1:
         raise ArgumentError(f"--workers={parsed.workers} must be at least 1")
     return parsed
+
+
+def _require_folders(command: str, folders: list[str], given: list[str]) -> None:
+    for word in given:
+        if word.startswith("-") or not word:
+            raise ArgumentError(f"{word!r} is no folder, and options are written --name=value")
+    if len(given) != len(folders):
+        wrong = f"{given[-1]!r} is too many" if len(given) > len(folders) else f"{folders[len(given)]} is missing"
+        raise ArgumentError(f"{command} needs {' '.join(folders)}: {wrong}; --help lists the options")
 
 
 def _is_value(words: Sequence[str], place: int) -> bool:

@@ -81,25 +81,20 @@ def export_checkpoint(
         total = sum(map(size_of, outputs))
         require_space(out, 0 if out.with_name(out.name + ".partial").exists() else total)
         folder = PartialFolder(out, identity)
+        workers = workers or os.cpu_count() or 1
+        observer.plan(sum(map(size_of, outputs_of(tensors, None, None, mtp))), total, out, workers)
         observer.begin(total, sum(map(size_of, (o for s in shards if s.file in folder.finished for o in s.outputs))))
         with keeping(folder.path):
-            _write_shards(shards, tensors, scale_format, folder, observer, workers or os.cpu_count() or 1)
-            observer.end()
+            try:
+                _write_shards(shards, tensors, scale_format, folder, observer, workers)
+            finally:
+                observer.end()
             index = {"metadata": {"total_size": total}, "weight_map": _weight_map(shards)}
             texts = {INDEX: _json(index), "config.json": _json(config), **_texts(opened, config)}
             for name, text in texts.items():
                 write_atomically(folder.path / name, text)
         folder.complete()
     return outputs
-
-
-def planned_export(
-    source: Path, dtype: DType | None = None, scale_format: ScaleFormat | None = None, mtp: bool = True
-) -> tuple[int, int]:
-    """Bytes that `export_checkpoint` would read and write."""
-    with open_model(source).tensors() as tensors:
-        stored = outputs_of(tensors, None, None, mtp)
-        return sum(map(size_of, stored)), sum(map(size_of, outputs_of(tensors, dtype, scale_format, mtp)))
 
 
 def exported_tensors(

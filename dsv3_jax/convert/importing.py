@@ -64,8 +64,10 @@ def import_checkpoint(
         identity = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in _files(inventory)]
         require_space(out, 0 if out.with_name(out.name + ".partial").exists() else bytes_of(inventory))
         folder = PartialFolder(out, ["import", identity, to_json(inventory.model)])
+        workers = workers or os.cpu_count() or 1
+        observer.plan(_bytes_to_read(inventory), bytes_of(inventory), out, workers)
         with keeping(folder.path):
-            _Import(directory, inventory, reader, folder, observer).run(workers or os.cpu_count() or 1)
+            _Import(directory, inventory, reader, folder, observer).run(workers)
         folder.complete()
     return inventory
 
@@ -78,6 +80,12 @@ def bytes_of(inventory: Inventory) -> int:
         if has_scales(inventory, leaf):
             total += math.prod(scales_array_shape(leaf)) * DTYPES[inventory.scale_type].itemsize
     return total
+
+
+def _bytes_to_read(inventory: Inventory) -> int:
+    infos = [place.info for place in (*inventory.places.values(), *inventory.scales.values())]
+    # Fused experts lie in one tensor.
+    return sum({(info.file, info.begin): info.size for info in infos}.values())
 
 
 def has_scales(inventory: Inventory, leaf: Leaf) -> bool:
@@ -112,8 +120,10 @@ class _Import:
         done = self.folder.finished & by_file.keys()
         self.observer.begin(sum(sizes.values()), sum(sizes[file] for file in done))
         left = (file for file in by_file if file not in done)
-        run_units(((file, self._tasks(by_file[file])) for file in left), workers, self.folder.finish)
-        self.observer.end()
+        try:
+            run_units(((file, self._tasks(by_file[file])) for file in left), workers, self.folder.finish)
+        finally:
+            self.observer.end()
         for copy in sorted(self.differing):
             original = self.inventory.copies[copy]
             self.observer.note(

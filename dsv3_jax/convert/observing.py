@@ -1,6 +1,7 @@
 """What a conversion tells while it runs."""
 
 import sys
+from pathlib import Path
 from typing import Protocol
 
 from tqdm import tqdm
@@ -12,6 +13,9 @@ class Observer(Protocol):
     def note(self, text: str) -> None:
         """One line that the user should read."""
 
+    def plan(self, read: int, write: int, out: Path, workers: int) -> None:
+        """So many bytes will be read, and written to `out`; nothing speaks against it, and nothing of it is done."""
+
     def begin(self, total: int, done: int) -> None:
         """So many bytes are to be converted, so many of them were, by a process before this one."""
 
@@ -19,13 +23,16 @@ class Observer(Protocol):
         """So many more bytes are converted; from any thread."""
 
     def end(self) -> None:
-        """All are."""
+        """All are, or no more will be."""
 
 
 class Silent:
     """Says nothing: for use as a library."""
 
     def note(self, text: str) -> None:
+        pass
+
+    def plan(self, read: int, write: int, out: Path, workers: int) -> None:
         pass
 
     def begin(self, total: int, done: int) -> None:
