@@ -34,43 +34,52 @@ class PartialFolder:
         self.out, self.path = out, out.with_name(out.name + ".partial")
         self._journal = self.path / JOURNAL
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        lines = self._lines()
-        if self.path.exists() and any(self.path.iterdir()) and (not lines or lines[0] != digest):
-            raise ConversionError(
-                f"{self.path} is what another conversion left (another source, or a source that has changed): remove it"
-            )
-        self.finished = set(lines[1:])
+        self.finished: set[str] = self._units(_line(digest))
         """Units that are complete."""
-        if not lines:
-            with naming(self.path):
-                self.path.mkdir(parents=True, exist_ok=True)
-            self._append(digest)
 
     def finish(self, unit: str) -> None:
         """Note a unit whose files are all on disk."""
-        self._append(unit)
+        self._append(_line(unit))
         self.finished.add(unit)
 
     def complete(self) -> None:
         """Give the folder its name."""
-        self._journal.unlink()
         if self.out.exists():
             self.out.rmdir()  # empty, or the constructor had refused it
         self.path.replace(self.out)
+        (self.out / JOURNAL).unlink()  # last: without it nobody would know that the folder is complete
         _sync(self.out.parent)
 
-    def _append(self, line: str) -> None:
-        with naming(self._journal), self._journal.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+    def _append(self, line: bytes) -> None:
+        with naming(self._journal), self._journal.open("ab") as file:
+            file.write(line)
             file.flush()
             os.fsync(file.fileno())
 
-    def _lines(self) -> list[str]:
-        """Whole lines of the journal: the last one may have been cut."""
-        if not self._journal.exists():
-            return []
-        lines = self._journal.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+    def _units(self, first: bytes) -> set[str]:
+        """What the journal says is complete, its first line being this one. The last may have been cut, and goes."""
+        content = self._journal.read_bytes() if self._journal.exists() else b""
+        whole = content[: content.rfind(b"\n") + 1]
+        others = [path for path in self.path.iterdir() if path != self._journal] if self.path.exists() else []
+        try:
+            if not whole.startswith(first) and (others or not first.startswith(content)):
+                raise ValueError
+            units = {json.loads(line) for line in whole.splitlines()[1:]}
+        except ValueError:
+            raise ConversionError(
+                f"{self.path} is what another conversion left (another source, or a source that has changed): remove it"
+            ) from None
+        with naming(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        if whole != content:
+            os.truncate(self._journal, len(whole))
+        if not whole:
+            self._append(first)
+        return units
+
+
+def _line(text: str) -> bytes:
+    return json.dumps(text).encode() + b"\n"
 
 
 def run_units(
