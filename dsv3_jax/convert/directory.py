@@ -1,5 +1,6 @@
 """A Hugging Face directory, opened: its configuration, what tensors its files hold, its texts. Reads no tensor."""
 
+import fnmatch
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -117,10 +118,17 @@ def _compare_with_index(path: Path, tensors: dict[str, TensorInfo]) -> None:
             raise ConversionError(f"{info.file} has tensor {name}, which {INDEX} does not name")
 
 
+def is_text(name: str) -> bool:
+    """Whether a file of this name comes along: a plain name, and none of a file that is written anew."""
+    written = name == "config.json" or name.endswith(".index.json")
+    plain = Path(name).name == name and not name.endswith(".py")
+    return plain and not written and any(fnmatch.fnmatchcase(name, pattern) for pattern in TEXTS)
+
+
 def _texts(path: Path) -> dict[str, str]:
-    texts = {}
-    for pattern in TEXTS:
-        for file in sorted(path.glob(pattern)):
-            if file.name not in ("config.json", INDEX) and file.is_file() and file.stat().st_size <= LARGEST_TEXT:
-                texts[file.name] = file.read_text(encoding="utf-8", errors="replace")
-    return texts
+    files = sorted(file for file in path.iterdir() if is_text(file.name) and file.is_file())
+    return {
+        file.name: file.read_text(encoding="utf-8", errors="replace")
+        for file in files
+        if file.stat().st_size <= LARGEST_TEXT
+    }

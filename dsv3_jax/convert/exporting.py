@@ -14,7 +14,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from dsv3_jax.convert.directory import INDEX
+from dsv3_jax.convert.directory import INDEX, is_text
+from dsv3_jax.convert.errors import ConversionError
 from dsv3_jax.convert.fp8_blocks import BLOCK, decoded_scales, encoded_scales, quantized
 from dsv3_jax.convert.hf_config_export import DTypeName, hugging_face_config
 from dsv3_jax.convert.importing import blocks_of
@@ -76,10 +77,11 @@ def export_checkpoint(
     with opened.tensors() as tensors:
         outputs = outputs_of(tensors, dtype, scale_format, mtp)
         config = _config(opened, tensors, outputs, scale_format, mtp)
+        texts = _texts(opened, config)
         shards = _shards(outputs, shard_bytes)
         identity = ["export", opened.identity(), dtype, scale_format, mtp, shard_bytes]
         total = sum(map(size_of, outputs))
-        require_space(out, 0 if out.with_name(out.name + ".partial").exists() else total)
+        require_space(out, total)
         folder = PartialFolder(out, identity)
         workers = workers or os.cpu_count() or 1
         observer.plan(sum(map(size_of, outputs_of(tensors, None, None, mtp))), total, out, workers)
@@ -90,8 +92,7 @@ def export_checkpoint(
             finally:
                 observer.end()
             index = {"metadata": {"total_size": total}, "weight_map": _weight_map(shards)}
-            texts = {INDEX: _json(index), "config.json": _json(config), **_texts(opened, config)}
-            for name, text in texts.items():
+            for name, text in {INDEX: _json(index), "config.json": _json(config), **texts}.items():
                 write_atomically(folder.path / name, text)
         folder.complete()
     return outputs
@@ -243,6 +244,10 @@ def _config(
 def _texts(opened: OpenedModel, config: dict[str, Any]) -> dict[str, str]:
     """Tokenizer and generation settings: as they came, or made for a tokenizer that was trained here."""
     files = (opened.hugging_face or {}).get("files", {})
+    # An imported checkpoint may be another's, and what it names is written.
+    for name in files:
+        if not is_text(name):
+            raise ConversionError(f"{opened.path}: hugging_face.json has {name!r}, which is no text beside weights")
     if opened.tokenizer is None:
         return files
     if "tokenizer_config.json" in files:

@@ -62,7 +62,7 @@ def import_checkpoint(
     with SafetensorsReader() as reader:
         check_values(inventory, reader)
         identity = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in _files(inventory)]
-        require_space(out, 0 if out.with_name(out.name + ".partial").exists() else bytes_of(inventory))
+        require_space(out, bytes_of(inventory))
         folder = PartialFolder(out, ["import", identity, to_json(inventory.model)])
         workers = workers or os.cpu_count() or 1
         observer.plan(_bytes_to_read(inventory), bytes_of(inventory), out, workers)

@@ -31,7 +31,7 @@ class PartialFolder:
         """
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ConversionError(f"{out} exists: give a new folder, or remove it")
-        self.out, self.path = out, out.with_name(out.name + ".partial")
+        self.out, self.path = out, partial_of(out)
         self._journal = self.path / JOURNAL
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         self.finished: set[str] = self._units(_line(digest))
@@ -125,9 +125,15 @@ def keeping(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def require_space(out: Path, needed: int) -> None:
-    """Raise ConversionError where the disk that `out` will be on has not so many bytes left."""
-    free = free_space(out)
+def partial_of(out: Path) -> Path:
+    """The folder that a result grows in."""
+    return out.with_name(out.name + ".partial")
+
+
+def require_space(out: Path, size: int) -> None:
+    """Raise ConversionError where the disk of `out` has not so many bytes left, less those that are written already."""
+    written = sum(file.stat().st_blocks * 512 for file in partial_of(out).rglob("*") if file.is_file())
+    needed, free = size - written, free_space(out)
     if free < needed:
         raise ConversionError(
             f"{out} needs {needed / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB left: free some, or choose "

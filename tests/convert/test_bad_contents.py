@@ -89,9 +89,10 @@ def test_fused_experts_of_a_wrong_shape_are_named_once(tiny_model, tmp_path, sha
 
 def test_code_is_neither_run_nor_copied(folder):
     ran = folder.path / "ran"
-    for name in ("modeling_evil.py", "configuration_evil.py", "tokenization_evil.py", "conftest.py"):
+    for name in ("modeling_evil.py", "configuration_evil.py", "LICENSE-evil.py", "conftest.py"):
         (folder.path / name).write_text(f"open({str(ran)!r}, 'w')")
-    (folder.path / "sub").mkdir()
+    (folder.path / "LICENSE-CODE").write_text("text")
+    (folder.path / "pytorch_model.bin.index.json").write_text("{}")
     torch.save({}, folder.path / "optimizer.pt")
     folder.config(auto_map={"AutoConfig": "configuration_evil.Config", "AutoModelForCausalLM": "modeling_evil.Model"})
     imported, exported = folder.path.with_name("imported"), folder.path.with_name("exported")
@@ -102,4 +103,18 @@ def test_code_is_neither_run_nor_copied(folder):
     for out in (imported, exported, folder.path.with_name("again")):
         kinds = {file.suffix for file in out.rglob("*") if file.is_file()}
         assert not kinds & {".py", ".pt", ".bin"}
+        assert not (out / "pytorch_model.bin.index.json").exists()
+        assert out == imported or (out / "LICENSE-CODE").read_text() == "text"
         assert "auto_map" not in (json.loads((out / "config.json").read_text()) if out != imported else {})
+
+
+@pytest.mark.parametrize("name", ["../evil.json", "/tmp/evil.json", "evil.py", "config.json", "a/b.json", "", ".."])
+def test_an_imported_checkpoint_writes_no_file_but_its_texts(folder, name):
+    imported, out = folder.path.with_name("imported"), folder.path.with_name("out")
+    import_checkpoint(folder.path, imported)
+    record = imported / "hugging_face" / "hugging_face.json"
+    changed = json.loads(record.read_text())
+    changed["files"][name] = "text"
+    record.write_text(json.dumps(changed))
+    assert refusal(export_checkpoint, imported, out).startswith(f"{imported}: hugging_face.json has {name!r}")
+    assert {path.name for path in folder.path.parent.iterdir()} == {"in", "imported"}

@@ -10,6 +10,8 @@ import pytest
 import infer
 from dsv3_jax.command_line import run_main
 from dsv3_jax.convert.__main__ import WORKERS, Export, Import, Inspect, main, parse
+from dsv3_jax.convert.errors import ConversionError
+from dsv3_jax.convert.resumable import require_space
 from dsv3_jax.errors import ArgumentError
 from tests.reference.hf_checkpoint import fabricate
 
@@ -156,6 +158,18 @@ def test_a_disk_that_is_too_small_is_known_before(command, run, good, tmp_path, 
     assert code == 1
     assert errors.splitlines()[-1].startswith(f"error: {tmp_path / 'out'} needs 0.00 GB and its disk has 0.00 GB left")
     assert not any(tmp_path.iterdir())
+
+
+def test_what_is_written_already_needs_no_room(good, tmp_path, monkeypatch):
+    require_space(tmp_path / "out", size := 3 * 10**6)
+    monkeypatch.setattr("dsv3_jax.convert.resumable.free_space", lambda out: 2 * 10**6)
+    with pytest.raises(ConversionError, match="needs 0.00 GB"):
+        require_space(tmp_path / "out", size)
+    (tmp_path / "out.partial" / "state").mkdir(parents=True)
+    (tmp_path / "out.partial" / "state" / "chunk").write_bytes(bytes(1_500_000))
+    require_space(tmp_path / "out", size)
+    with pytest.raises(ConversionError):
+        require_space(tmp_path / "out", size + 10**6)
 
 
 def test_what_a_process_says_and_how_it_ends(good, tmp_path):
