@@ -137,6 +137,8 @@ def saved_tensors(state: Path, model: ModelConfig, form: StoredForm) -> ArrayTen
             "driver": "zarr3" if metadata["use_zarr3"] else "zarr",
             "kvstore": store if metadata["use_ocdbt"] else f"{base}{name}/",
             "recheck_cached_data": "open",
+            # An import writes every chunk: one that is not there is lost. Training leaves out those of zeros.
+            "fill_missing_data_reads": metadata["use_ocdbt"],
         }
         return tensorstore.open(spec, open=True, read=True, context=context).result()
 
@@ -167,4 +169,10 @@ def _dtype(array: Any) -> Any:
 
 
 def _read(view: Any) -> np.ndarray:
-    return np.ascontiguousarray(view.read().result() if isinstance(view, tensorstore.TensorStore) else view)
+    if not isinstance(view, tensorstore.TensorStore):
+        return np.ascontiguousarray(view)
+    try:
+        return np.ascontiguousarray(view.read().result())
+    except (OSError, ValueError, RuntimeError) as error:  # TensorStore's, of files that are gone or not whole
+        store = view.kvstore.url if view.kvstore else "an array"
+        raise ConversionError(f"cannot read {store}: {str(error).strip().splitlines()[0]}") from error

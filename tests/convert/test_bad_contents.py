@@ -5,6 +5,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from dsv3_jax.convert.directory import open_directory
 from dsv3_jax.convert.exporting import export_checkpoint
 from dsv3_jax.convert.importing import import_checkpoint
 from dsv3_jax.convert.inventory import take_inventory
+from dsv3_jax.convert.opening import open_model
+from dsv3_jax.model.functional import abstract_trees, skeleton_of
 from dsv3_jax.training.checkpoint import open_checkpoint
 from tests.reference.hf_checkpoint import fabricate
 from tests.reference.hf_folder import BIAS, DOWN, UP, Folder, filled, nothing_written, refusal
@@ -30,6 +33,18 @@ def good(tiny_model, tmp_path_factory) -> Path:
 def folder(good, tmp_path) -> Folder:
     shutil.copytree(good, tmp_path / "in")
     return Folder(tmp_path / "in")
+
+
+@pytest.fixture(scope="module")
+def imported_once(good, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("imported") / "imported"
+    import_checkpoint(good, path)
+    return path
+
+
+@pytest.fixture
+def imported(imported_once, tmp_path) -> Path:
+    return shutil.copytree(imported_once, tmp_path / "imported")
 
 
 def _value(name: str, value: float, place: tuple[int, ...]) -> Callable[[Folder], None]:
@@ -108,13 +123,31 @@ def test_code_is_neither_run_nor_copied(folder):
         assert "auto_map" not in (json.loads((out / "config.json").read_text()) if out != imported else {})
 
 
-@pytest.mark.parametrize("name", ["../evil.json", "/tmp/evil.json", "evil.py", "config.json", "a/b.json", "", ".."])
-def test_an_imported_checkpoint_writes_no_file_but_its_texts(folder, name):
-    imported, out = folder.path.with_name("imported"), folder.path.with_name("out")
-    import_checkpoint(folder.path, imported)
+@pytest.mark.parametrize("name", ["../evil.json", "/evil.json", "evil.py", "config.json", ""])
+def test_an_imported_checkpoint_writes_no_file_but_its_texts(imported, name):
+    out = imported.with_name("out")
     record = imported / "hugging_face" / "hugging_face.json"
     changed = json.loads(record.read_text())
     changed["files"][name] = "text"
     record.write_text(json.dumps(changed))
     assert refusal(export_checkpoint, imported, out).startswith(f"{imported}: hugging_face.json has {name!r}")
-    assert {path.name for path in folder.path.parent.iterdir()} == {"in", "imported"}
+    assert [path.name for path in imported.parent.iterdir()] == ["imported"]
+
+
+@pytest.mark.parametrize("lost", [None, 1, 10**9])
+def test_a_damaged_import_is_refused_where_it_is_read(imported, lost):
+    out = imported.with_name("out")
+    name = "parameters.moe_blocks.feed_forward.experts.down"
+    chunk = next(file for file in (imported / "state" / name / "c").rglob("*") if file.is_file())
+    if lost is None:
+        chunk.unlink()
+    else:
+        chunk.write_bytes(chunk.read_bytes()[:-lost])
+    for function in (export_checkpoint, lambda source, out: open_model(source).read(shapes_of(source))):
+        assert f"/{name}/" in refusal(function, imported, out)
+    assert not out.exists()
+
+
+def shapes_of(source: Path) -> dict[str, Any]:
+    parameters, router_bias = abstract_trees(skeleton_of(open_checkpoint(source).config.model))
+    return {"parameters": parameters, "router_bias": router_bias}
