@@ -23,7 +23,7 @@ from dsv3_jax.convert.inventory import FP8
 from dsv3_jax.convert.observing import Observer, Silent
 from dsv3_jax.convert.opening import OpenedModel, open_model
 from dsv3_jax.convert.outputs import DType, Output, Piece, ScaleFormat, outputs_of, size_of
-from dsv3_jax.convert.resumable import PartialFolder, keeping, require_space, run_units
+from dsv3_jax.convert.resumable import PartialFolder, require_space, run_units
 from dsv3_jax.convert.safetensors_file import SafetensorsWriter
 from dsv3_jax.convert.safetensors_header import DTYPES
 from dsv3_jax.convert.sources import TensorSource, values
@@ -86,7 +86,7 @@ def export_checkpoint(
         workers = workers or os.cpu_count() or 1
         observer.plan(sum(map(size_of, outputs_of(tensors, None, None, mtp))), total, out, workers)
         observer.begin(total, sum(map(size_of, (o for s in shards if s.file in folder.finished for o in s.outputs))))
-        with keeping(folder.path):
+        with folder.writing():
             try:
                 _write_shards(shards, tensors, scale_format, folder, observer, workers)
             finally:
@@ -94,7 +94,7 @@ def export_checkpoint(
             index = {"metadata": {"total_size": total}, "weight_map": _weight_map(shards)}
             for name, text in {INDEX: _json(index), "config.json": _json(config), **texts}.items():
                 write_atomically(folder.path / name, text)
-        folder.complete()
+            folder.complete()
     return outputs
 
 

@@ -28,7 +28,7 @@ from dsv3_jax.convert.fp8_blocks import BLOCK
 from dsv3_jax.convert.inventory import Inventory, Place, check_values, opened_inventory
 from dsv3_jax.convert.observing import Observer, Silent
 from dsv3_jax.convert.opening import fine_tuning_config
-from dsv3_jax.convert.resumable import PartialFolder, keeping, require_space, run_units
+from dsv3_jax.convert.resumable import PartialFolder, require_space, run_units
 from dsv3_jax.convert.safetensors_file import SafetensorsReader
 from dsv3_jax.convert.safetensors_header import DTYPES
 from dsv3_jax.convert.sources import DirectoryTensors, scales_array_shape, scales_name, values
@@ -66,9 +66,9 @@ def import_checkpoint(
         folder = PartialFolder(out, ["import", identity, to_json(inventory.model)])
         workers = workers or os.cpu_count() or 1
         observer.plan(_bytes_to_read(inventory), bytes_of(inventory), out, workers)
-        with keeping(folder.path):
+        with folder.writing():
             _Import(directory, inventory, reader, folder, observer).run(workers)
-        folder.complete()
+            folder.complete()
     return inventory
 
 

@@ -1,5 +1,7 @@
 """Work that a killed process leaves half done and the next one goes on with."""
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -9,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from dsv3_jax.convert.errors import ConversionError
 from dsv3_jax.files import naming
@@ -36,6 +38,25 @@ class PartialFolder:
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         self.finished: set[str] = self._units(_line(digest))
         """Units that are complete."""
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """No other process writes meanwhile, and what fails becomes one line that says what is kept.
+
+        Raises:
+            ConversionError: another process does, or what is within raises an error of the disk.
+        """
+        try:
+            with self._journal.open("rb") as file:
+                _lock(file, self.path)
+                yield
+        except (OSError, ValueError, RuntimeError) as error:
+            # TensorStore reports a full disk as ValueError or RuntimeError.
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ConversionError(
+                f"cannot write {self.path}: {reason}; what was complete is kept, and the same command goes on from "
+                "there"
+            ) from error
 
     def finish(self, unit: str) -> None:
         """Note a unit whose files are all on disk."""
@@ -78,6 +99,17 @@ class PartialFolder:
         return units
 
 
+def _lock(file: IO[bytes], folder: Path) -> None:
+    """Until the file is closed or the process has ended, however it ends."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConversionError(f"another process writes {folder}: wait for it, or end it") from None
+    except OSError as error:  # on some network disks
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
+            raise
+
+
 def _line(text: str) -> bytes:
     return json.dumps(text).encode() + b"\n"
 
@@ -110,19 +142,6 @@ def run_units(
             settle(0)
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def keeping(folder: Path) -> Iterator[None]:
-    """What fails while writing into `folder` becomes one line that says what is kept."""
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError) as error:
-        # TensorStore reports a full disk as ValueError or RuntimeError.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConversionError(
-            f"cannot write {folder}: {reason}; what was complete is kept, and the same command goes on from there"
-        ) from error
 
 
 def partial_of(out: Path) -> Path:

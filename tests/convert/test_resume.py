@@ -1,5 +1,6 @@
 """A conversion that was killed, or found the disk full, is gone on with: what was done is kept, and nothing else."""
 
+import fcntl
 import filecmp
 import json
 import os
@@ -8,7 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -22,6 +23,13 @@ from dsv3_jax.convert.resumable import JOURNAL, PartialFolder
 from dsv3_jax.convert.safetensors_header import read_header
 from tests.reference.hf_checkpoint import fabricate
 from tests.reference.hf_folder import Folder
+
+
+class Ended(NamedTuple):
+    out: Path
+    code: int
+    errors: str
+
 
 ROOT = Path(infer.__file__).parent
 SHARD_BYTES = {"shard_bytes": 300_000}
@@ -44,17 +52,10 @@ KILLS = {
         "before the name": (["complete", 0], None),
     },
 }
+FULL = [("import", "disk full"), ("export", "disk full")]
 CASES = [(function, case) for function, cases in KILLS.items() for case in cases]
 FUNCTIONS: dict[str, Any] = {"import": import_checkpoint, "export": export_checkpoint}
 OPTIONS = {"import": {}, "export": SHARD_BYTES}
-
-
-def interrupted(calls: list[Any]) -> list[Any]:
-    command = [sys.executable, "-m", "tests.convert.interrupt", json.dumps(calls)]
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, check=True
-    )
-    return json.loads(done.stdout)
 
 
 @pytest.fixture(scope="module")
@@ -78,17 +79,19 @@ def whole(source, tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def killed(source, tmp_path_factory) -> dict[tuple[str, str], Path]:
-    """Where each of CASES was to write."""
-    path = tmp_path_factory.mktemp("killed")
-    outs = {case: path / f"{number}" for number, case in enumerate(CASES)}
-    calls = [
-        [[function, str(source), str(out), OPTIONS[function]], KILLS[function][case][0]]
-        for (function, case), out in outs.items()
-    ]
-    for (code, errors), case in zip(interrupted(calls), CASES, strict=True):
-        assert code == -signal.SIGKILL, f"{case}: {errors}"
-    return outs
+def ended(source, tmp_path_factory) -> dict[tuple[str, str], Ended]:
+    """Each of CASES, and of FULL, run until it ended."""
+    path = tmp_path_factory.mktemp("ended")
+    calls, outs = [], []
+    for function, case in (*CASES, *FULL):
+        at = KILLS[function][case][0] if case in KILLS[function] else ["limit", 800_000]
+        outs.append(path / str(len(outs)))
+        calls.append([[function, str(source), str(outs[-1]), OPTIONS[function]], at])
+    command = [sys.executable, "-m", "tests.convert.interrupt", json.dumps(calls)]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    results = zip(outs, json.loads(done.stdout), strict=True)
+    return dict(zip((*CASES, *FULL), (Ended(out, *result) for out, result in results), strict=True))
 
 
 def require_same(out: Path, expected: Path) -> None:
@@ -125,8 +128,9 @@ def matrices_of(file: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=" ".join)
-def test_a_killed_conversion_is_gone_on_with(case, killed, source, whole, converted):
-    function, out = case[0], killed[case]
+def test_a_killed_conversion_is_gone_on_with(case, ended, source, whole, converted):
+    function, (out, code, errors) = case[0], ended[case]
+    assert code == -signal.SIGKILL, errors
     partial = out.with_name(out.name + ".partial")
     assert not out.exists()
     finished = {json.loads(line) for line in (partial / JOURNAL).read_text().splitlines()[1:]}
@@ -147,15 +151,14 @@ def test_a_killed_conversion_is_gone_on_with(case, killed, source, whole, conver
     assert converted & {name for file in files.glob("*.safetensors") for name in matrices_of(file)} == matrices
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
-def test_a_disk_that_fills_up(function, source, whole, tmp_path, converted):
-    out = tmp_path / "out"
-    ((code, errors),) = interrupted([[[function, str(source), str(out), OPTIONS[function]], ["limit", 800_000]]])
+@pytest.mark.parametrize("case", FULL, ids=" ".join)
+def test_a_disk_that_fills_up(case, ended, source, whole, converted):
+    function, (out, code, errors) = case[0], ended[case]
     assert code == 1 and "Traceback" not in errors
     last = errors.replace("\r", "\n").splitlines()[-1]
     assert last.startswith(f"error: cannot write {out}.partial: ") and "File too large" in last
     assert last.endswith("what was complete is kept, and the same command goes on from there")
-    partial = tmp_path / "out.partial"
+    partial = out.with_name(out.name + ".partial")
     finished = {json.loads(line) for line in (partial / JOURNAL).read_text().splitlines()[1:]} - {SMALL}
     assert finished
     assert not list(partial.glob("*.tmp"))
@@ -188,7 +191,8 @@ def test_a_journal_counts_whole_lines(tmp_path):
     for unit in ("one", "two"):
         folder.finish(unit)
     whole = journal.read_text()
-    for cut in range(len(whole)):
+    first = whole.index("\n")
+    for cut in (0, 1, first, first + 1, first + 3, len(whole) - 6, len(whole) - 1):
         journal.write_text(whole[:cut])
         folder = PartialFolder(out, ["a"])
         assert folder.finished == {unit for unit in ("one", "two") if f'"{unit}"\n' in whole[:cut]}
@@ -206,6 +210,18 @@ def test_a_journal_of_something_else_is_refused(content, tmp_path):
     with pytest.raises(ConversionError, match=f"{tmp_path / 'out.partial'} is what another conversion left"):
         PartialFolder(tmp_path / "out", ["a"])
     assert (tmp_path / "out.partial" / JOURNAL).read_text() == content
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_two_processes_do_not_write_one_result(function, source, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    monkeypatch.setattr(PartialFolder, "complete", lambda self: None)
+    FUNCTIONS[function](source, out, **OPTIONS[function])
+    with (tmp_path / "out.partial" / JOURNAL).open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(ConversionError, match=f"another process writes {out}.partial: wait for it, or end it"):
+            FUNCTIONS[function](source, out, **OPTIONS[function])
+    FUNCTIONS[function](source, out, **OPTIONS[function])
 
 
 @pytest.mark.parametrize("fails", ["unlink", "rmdir", "replace"])
