@@ -86,7 +86,7 @@ def main() -> None:
             size = sum(place.info.size for place in inventory.places.values())
             print(projected(size, bytes_of(inventory), out, workers), file=sys.stderr)
             import_checkpoint(source, out, workers=workers, observer=Bar())
-            print(f"{out}: python infer.py --checkpoint={out} --prompt=TEXT, or train.py --config=NAME --init={out}")
+            print(f"{out}: python infer.py --checkpoint={out} --prompt=TEXT, or train.py --config={out} --init={out}")
         case Export(source, out, dtype, scale_format, no_mtp, workers):
             read, write = planned_export(source, dtype, scale_format, not no_mtp)
             print(projected(read, write, out, workers), file=sys.stderr)
