@@ -87,7 +87,7 @@ def main() -> None:
     match parse(sys.argv[1:]):
         case Import(source, out, workers):
             import_checkpoint(source, out, workers=workers, observer=Console())
-            print(f"{out}: python infer.py --checkpoint={out} --prompt=TEXT, or train.py --config=NAME --init={out}")
+            print(f"{out}: python infer.py --checkpoint={out} --prompt=TEXT, or train.py --config={out} --init={out}")
         case Export(source, out, dtype, scale_format, no_mtp, workers):
             export_checkpoint(
                 source,

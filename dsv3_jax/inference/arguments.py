@@ -19,7 +19,7 @@ class InferArguments:
     """Continue text with a trained model."""
 
     checkpoint: Path
-    """A workdir of train.py (its newest checkpoint), or the folder of one checkpoint."""
+    """A workdir of train.py (its newest checkpoint), the folder of one checkpoint, or a Hugging Face directory."""
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]]
     """Text to continue; '-' is read from standard input. Give it several times for a batch."""
     max_new_tokens: int = 256
