@@ -18,7 +18,6 @@ from dsv3_jax.convert.directory import INDEX, is_text
 from dsv3_jax.convert.errors import ConversionError
 from dsv3_jax.convert.fp8_blocks import BLOCK, decoded_scales, encoded_scales, quantized
 from dsv3_jax.convert.hf_config_export import DTypeName, hugging_face_config
-from dsv3_jax.convert.importing import blocks_of
 from dsv3_jax.convert.inventory import FP8
 from dsv3_jax.convert.observing import Observer, Silent
 from dsv3_jax.convert.opening import OpenedModel, open_model
@@ -27,6 +26,7 @@ from dsv3_jax.convert.resumable import PartialFolder, require_space, run_units
 from dsv3_jax.convert.safetensors_file import SafetensorsWriter
 from dsv3_jax.convert.safetensors_header import DTYPES
 from dsv3_jax.convert.sources import TensorSource, values
+from dsv3_jax.convert.state import blocks_of
 from dsv3_jax.convert.tensors import Part
 from dsv3_jax.convert.texts import token_ids, tokenizer_texts
 from dsv3_jax.files import write_atomically

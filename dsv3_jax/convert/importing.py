@@ -16,15 +16,12 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import orbax.checkpoint as ocp
 import tensorstore
 
 from dsv3_jax.config import to_json
 from dsv3_jax.convert.directory import HuggingFaceDirectory
-from dsv3_jax.convert.fp8_blocks import BLOCK
 from dsv3_jax.convert.inventory import Inventory, Place, check_values, opened_inventory
 from dsv3_jax.convert.observing import Observer, Silent
 from dsv3_jax.convert.opening import fine_tuning_config
@@ -32,12 +29,10 @@ from dsv3_jax.convert.resumable import PartialFolder, require_space, run_units
 from dsv3_jax.convert.safetensors_file import SafetensorsReader
 from dsv3_jax.convert.safetensors_header import DTYPES
 from dsv3_jax.convert.sources import DirectoryTensors, scales_array_shape, scales_name, values
+from dsv3_jax.convert.state import blocks_of, create_state, has_scales, open_array
 from dsv3_jax.convert.tensors import Leaf, Part
 from dsv3_jax.files import write_atomically
-from dsv3_jax.training.checkpoint import quiet_orbax
 
-BLOCK_BYTES = 32 * 2**20
-"""What a thread holds at a time, and what a chunk of an array is at most, about."""
 SMALL = "vectors and scales"
 
 
@@ -86,10 +81,6 @@ def _bytes_to_read(inventory: Inventory) -> int:
     infos = [place.info for place in (*inventory.places.values(), *inventory.scales.values())]
     # Fused experts lie in one tensor.
     return sum({(info.file, info.begin): info.size for info in infos}.values())
-
-
-def has_scales(inventory: Inventory, leaf: Leaf) -> bool:
-    return leaf.quantized and any(name in inventory.scales for name, _ in leaf.tensors())
 
 
 class _Import:
@@ -214,71 +205,6 @@ def exceptional_types(inventory: Inventory) -> dict[str, str]:
         if not leaf.is_router_bias:
             exceptions |= {name: kind for name, _ in leaf.tensors() if (kind := inventory.type_of(name)) != held}
     return exceptions
-
-
-def blocks_of(leaf: Leaf, item_bytes: int) -> list[Part]:
-    """What a tensor is read and written by; whole FP8 blocks each."""
-    return leaf.blocks(BLOCK, BLOCK_BYTES // item_bytes)
-
-
-def create_state(state: Path, inventory: Inventory) -> None:
-    """An Orbax checkpoint with an empty array for every parameter, router bias and scale array.
-
-    Orbax writes what makes the folder its own; of each array, saved as a single number, only the name is kept.
-    """
-    arrays: dict[str, tensorstore.Spec] = {}
-    tree: dict[str | int, Any] = {}
-
-    def add(path: tuple[str | int, ...], spec: tensorstore.Spec) -> None:
-        arrays[".".join(map(str, path))] = spec
-        below: dict[str | int, Any] = tree
-        for key in path[:-1]:
-            below = below.setdefault(key, {})
-        below[path[-1]] = np.zeros((), np.uint8)
-
-    for leaf in inventory.leaves:
-        kind = inventory.leaf_type(leaf)
-        chunk = list(leaf.shape)
-        if leaf.column_dims:
-            first = blocks_of(leaf, DTYPES[kind].itemsize)[0]
-            for dim in leaf.index_dims:
-                chunk[dim] = 1
-            chunk[leaf.row_dims[0]] = first[0].stop - first[0].start
-        add(leaf.path, _spec(leaf.shape, chunk, DTYPES[kind], leaf.order))
-        if has_scales(inventory, leaf):
-            shape = scales_array_shape(leaf)
-            chunk = [1, *shape[1:]] if leaf.index_sizes else list(shape)
-            kind_of_scale = np.dtype(np.uint8 if DTYPES[inventory.scale_type].itemsize == 1 else np.float32)
-            add(("scales", *leaf.path[1:]), _spec(shape, chunk, kind_of_scale, tuple(range(len(shape)))))
-    quiet_orbax()
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True)) as writer:
-        writer.save(state.resolve(), args=ocp.args.PyTreeSave(tree))
-    for name, spec in arrays.items():
-        shutil.rmtree(state / name)
-        tensorstore.open(spec, kvstore=tensorstore.KvStore.Spec(_store(state, name)), create=True).result()
-
-
-def open_array(state: Path, name: str) -> tensorstore.TensorStore:
-    """One array of a state that `create_state` made, to write."""
-    # A block of zeros is stored as any other: -0.0 would otherwise come back as 0.0.
-    spec = {"driver": "zarr3", "kvstore": _store(state, name), "store_data_equal_to_fill_value": True}
-    return tensorstore.open(spec, open=True).result()
-
-
-def _store(state: Path, name: str) -> str:
-    return f"file://{state.resolve()}/{name}/"
-
-
-def _spec(shape: tuple[int, ...], chunk: list[int], dtype: np.dtype, order: tuple[int, ...]) -> tensorstore.Spec:
-    codecs: list[dict[str, Any]] = [{"name": "transpose", "configuration": {"order": list(order)}}]
-    codecs.append({"name": "bytes", "configuration": {"endian": "little"}} if dtype.itemsize > 1 else {"name": "bytes"})
-    metadata = {
-        "data_type": dtype.name,
-        "shape": list(shape),
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
-        "codecs": codecs if shape else codecs[1:],
-    }
-    return tensorstore.Spec({"driver": "zarr3", "metadata": metadata})
 
 
 def _files(inventory: Inventory) -> list[Path]:

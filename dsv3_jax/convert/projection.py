@@ -5,9 +5,9 @@ import os
 import time
 from pathlib import Path
 
-from dsv3_jax.convert.importing import BLOCK_BYTES
 from dsv3_jax.convert.resumable import free_space, on_disk
 from dsv3_jax.convert.sources import CACHED_CHUNKS
+from dsv3_jax.convert.state import BLOCK_BYTES
 
 PROBE_BYTES = 64 * 2**20
 IDLE_BYTES = 500 * 10**6

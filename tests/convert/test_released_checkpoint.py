@@ -20,10 +20,11 @@ from dsv3_jax.command_line import run_main
 from dsv3_jax.convert.__main__ import main
 from dsv3_jax.convert.directory import INDEX, HuggingFaceDirectory, open_directory
 from dsv3_jax.convert.errors import ConversionError
-from dsv3_jax.convert.importing import blocks_of, bytes_of
+from dsv3_jax.convert.importing import bytes_of
 from dsv3_jax.convert.inventory import Inventory, take_inventory
 from dsv3_jax.convert.safetensors_header import DTYPES, TensorInfo, laid_out
 from dsv3_jax.convert.sources import DirectoryTensors
+from dsv3_jax.convert.state import blocks_of
 from dsv3_jax.model.functional import abstract_trees, skeleton_of
 from tests.reference.released_configs import R1
 from tests.reference.released_tensors import load
