@@ -4,6 +4,7 @@ Our own, as the library cannot give float8 to numpy, reads whole files into mapp
 and writes only tensors that are all in memory. Checkpoints of 641 GiB go through these a few rows at a time.
 """
 
+import math
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -211,8 +212,9 @@ class SafetensorsWriter:
         if array.size:
             pitch = array.nbytes // (stop - first_row)
             self._put(np.ascontiguousarray(array).reshape(-1).view(np.uint8), info.begin + first_row * pitch)
+            each = math.prod(info.shape[1:-1])
             with self._lock:
-                self._written[name].append((first_row, stop))
+                self._written[name].append((first_row * each, stop * each))
 
     def close(self) -> None:
         """Give the file its name, once it is on the disk.
@@ -252,7 +254,7 @@ class SafetensorsWriter:
             if first != end:
                 break
             end = stop
-        rows = info.flattened().shape[0] if len(info.shape) > 2 else info.shape[0] if info.shape else 1
+        rows = math.prod(info.shape[:1]) * math.prod(info.shape[1:-1])
         count = sum(stop - first for first, stop in self._written[info.name])
         if info.size and (end != rows or count != rows):
             raise ValueError(f"{info.name} of {self.path} is not whole: {count} of {rows} rows were written")
