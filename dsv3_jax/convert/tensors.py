@@ -125,12 +125,14 @@ class Leaf:
     def blocks(self, multiple: int, elements: int) -> list[Part]:
         """Its tensors cut into blocks of whole rows, as parts of `matrix_dims`.
 
-        Of about so many elements each, in multiples of so many rows and of whole heads.
+        Of at most about so many elements each, in multiples of so many rows and of whole heads, and as even as these
+        allow: an array keeps every block, the last one too, in the size of the first.
         """
         outer, *inner = self.matrix_dims[: len(self.row_dims)]
         rows_each = math.prod(inner)
-        step = math.lcm(rows_each, multiple) // rows_each
-        step *= max(1, elements // (step * math.prod(self.matrix_dims[1:])))
+        unit = math.lcm(rows_each, multiple) // rows_each
+        units, most = -(-outer // unit), max(1, elements // (unit * math.prod(self.matrix_dims[1:])))
+        step = unit * -(-units // -(-units // most))
         rest = tuple(slice(0, size) for size in self.matrix_dims[1:])
         return [(slice(first, min(first + step, outer)), *rest) for first in range(0, outer, step)]
 
