@@ -100,6 +100,8 @@ def take_inventory(directory: HuggingFaceDirectory) -> Inventory:
     _refuse_absurd_sizes(directory)
     model, notes = _without_absent_mtp(directory)
     leaves, found = leaves_of(model), directory.tensors
+    unnamed = set(directory.path.glob("*.safetensors")) - {info.file for info in found.values()}
+    notes += [f"{file} is passed over: the index does not name it" for file in sorted(unnamed)]
     inventory = Inventory(model, leaves, {}, {}, {}, False, "F32", [], [], [], notes)
     used: set[str] = set()
     for leaf in leaves:

@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -14,9 +15,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from dsv3_jax.convert.errors import ConversionError
+from dsv3_jax.errors import UserError
 from dsv3_jax.files import naming
 
 JOURNAL = "finished.jsonl"
+# TensorStore reports a full disk as ValueError or RuntimeError: "RESOURCE_EXHAUSTED: Error writing ...".
+OF_TENSORSTORE = re.compile("[A-Z_]+: ")
 
 
 class PartialFolder:
@@ -50,8 +54,11 @@ class PartialFolder:
             with self._journal.open("rb") as file:
                 _lock(file, self.path)
                 yield
+        except UserError:
+            raise
         except (OSError, ValueError, RuntimeError) as error:
-            # TensorStore reports a full disk as ValueError or RuntimeError.
+            if not isinstance(error, OSError) and not OF_TENSORSTORE.match(str(error)):
+                raise
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ConversionError(
                 f"cannot write {self.path}: {reason}; what was complete is kept, and the same command goes on from "

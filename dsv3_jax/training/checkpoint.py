@@ -187,11 +187,12 @@ def open_checkpoint(path: Path) -> SavedModel:
     except ConfigError as error:
         raise CheckpointError(f"{directory}: {error}") from error
     tokenizer, texts = directory / "tokenizer" / "tokenizer.json", directory / "hugging_face" / "hugging_face.json"
+    try:
+        came_with = json.loads(texts.read_text(encoding="utf-8")) if texts.is_file() else None
+    except ValueError as error:
+        raise CheckpointError(f"{texts} is damaged: {error}") from error
     return SavedModel(
-        directory,
-        config,
-        tokenizer.read_text(encoding="utf-8") if tokenizer.is_file() else None,
-        json.loads(texts.read_text(encoding="utf-8")) if texts.is_file() else None,
+        directory, config, tokenizer.read_text(encoding="utf-8") if tokenizer.is_file() else None, came_with
     )
 
 

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from dsv3_jax.convert.directory import open_directory
 from dsv3_jax.convert.exporting import export_checkpoint
 from dsv3_jax.convert.importing import import_checkpoint
-from dsv3_jax.convert.inventory import take_inventory
+from dsv3_jax.convert.inventory import opened_inventory, take_inventory
 from dsv3_jax.convert.opening import open_model
 from dsv3_jax.model.functional import abstract_trees, skeleton_of
-from dsv3_jax.training.checkpoint import open_checkpoint
+from dsv3_jax.training.checkpoint import CheckpointError, open_checkpoint
 from tests.reference.hf_checkpoint import fabricate
 from tests.reference.hf_folder import BIAS, DOWN, UP, Folder, filled, nothing_written, refusal
 
@@ -151,3 +151,16 @@ def test_a_damaged_import_is_refused_where_it_is_read(imported, lost):
 def shapes_of(source: Path) -> dict[str, Any]:
     parameters, router_bias = abstract_trees(skeleton_of(open_checkpoint(source).config.model))
     return {"parameters": parameters, "router_bias": router_bias}
+
+
+def test_a_damaged_record_of_the_import_is_named(imported):
+    (imported / "hugging_face" / "hugging_face.json").write_text('{"files": ')
+    with pytest.raises(CheckpointError, match="hugging_face.json is damaged"):
+        open_model(imported)
+
+
+def test_weights_that_the_index_does_not_name_are_told(folder):
+    (folder.path / "consolidated.safetensors").write_bytes(b"")
+    _, inventory = opened_inventory(folder.path)
+    assert [note for note in inventory.notes if "consolidated.safetensors is passed over" in note]
+    assert not inventory.missing and not inventory.left_over
