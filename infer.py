@@ -40,8 +40,8 @@ def infer(arguments: InferArguments) -> None:
         prompts,
         arguments.sampling,
         arguments.max_new_tokens,
-        arguments.speculative,
         on_piece=(lambda _, text: show(text)) if stream else None,
+        speculative=arguments.speculative,
     )
     if stream:
         show("\n")

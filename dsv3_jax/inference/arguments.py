@@ -24,12 +24,13 @@ class InferArguments:
     """Text to continue; '-' is read from standard input. Give it several times for a batch."""
     max_new_tokens: int = 256
     """Tokens to generate at most; a completion ends earlier where the model ends the document."""
-    speculative: int = 0
-    """Tokens that the MTP module guesses ahead and the model verifies in one pass: faster, and the same text greedily,
-    the same distribution otherwise. 0: none."""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
     json: bool = False
     """Print one JSON object a prompt, a line each, instead of text."""
+
+    speculative: int = 0
+    """Tokens that the MTP module guesses ahead and the model verifies in one pass: faster, and the same text greedily,
+    the same distribution otherwise. 0: none."""
 
 
 OPTIONS = ("checkpoint", "prompt", "max_new_tokens", "speculative", "temperature", "top_k", "top_p", "seed", "json")

@@ -38,8 +38,8 @@ def complete(
     prompts: Sequence[str],
     sampling: Sampling,
     max_new_tokens: int,
-    speculative: int = 0,
     on_piece: Callable[[int, str], None] | None = None,
+    speculative: int = 0,
 ) -> list[Completion]:
     """Continue all prompts together as one batch, with `speculative` drafts of the MTP module a pass.
 

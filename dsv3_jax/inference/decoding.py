@@ -93,7 +93,7 @@ def _prefill(
 def _decode_chunk(
     model: Transformer, drafts: int, rows: Rows, inputs: SamplingInputs, vocabulary: Vocabulary, steps: Array
 ) -> tuple[Rows, Made]:
-    """At least `steps` more tokens a row, fewer where every row has ended; up to `drafts` more than that."""
+    """At least `steps` more tokens a row, fewer where every row has ended; more where a row's drafts stay."""
 
     def goes_on(carry: tuple[Rows, Made]) -> Array:
         rows, made = carry
@@ -122,7 +122,7 @@ def _decode_chunk(
 
     batch = rows.tokens_B.shape[0]
     empty = Made(
-        jnp.zeros((batch, LONGEST_CHUNK + drafts), jnp.int32),
+        jnp.zeros((batch, LONGEST_CHUNK * (drafts + 1)), jnp.int32),
         jnp.zeros(batch, jnp.int32),
         jnp.zeros(drafts, jnp.int32),
         jnp.int32(0),

@@ -105,7 +105,7 @@ class Generator:
             seconds = time.perf_counter() - start
             # Drafts may go beyond what was asked for.
             wanted = [made_BC[row, : min(count, left_B[row])].tolist() for row, count in enumerate(counts)]
-            left_B -= counts
+            left_B = np.maximum(left_B - counts, 0)
             new_ids = self._new_ids(wanted, ended_B)
             yield Chunk(new_ids, seconds, int(made.passes), np.asarray(made.accepted_k).tolist())
             if 2 * seconds < FLOWING_SECONDS:
