@@ -14,6 +14,7 @@ from dsv3_jax.inference.arguments import InferArguments, parse_infer
 from dsv3_jax.inference.completion import complete
 from dsv3_jax.loading import load_opened
 from dsv3_jax.runtime import set_up_compiler, use_one_thread
+from dsv3_jax.training.progress import note
 
 
 def main() -> None:
@@ -40,9 +41,13 @@ def infer(arguments: InferArguments) -> None:
         arguments.sampling,
         arguments.max_new_tokens,
         on_piece=(lambda _, text: show(text)) if stream else None,
+        speculative=arguments.speculative,
     )
     if stream:
         show("\n")
+    if arguments.speculative and not arguments.json:
+        stays = ", ".join(f"{share:.0%}" for share in completions[0].acceptance)
+        note(f"{completions[0].tokens_per_pass:.2f} tokens a pass; drafts that stay: {stays}")
     for number, completion in enumerate(completions, start=1):
         if arguments.json:
             print(json.dumps(dataclasses.asdict(completion)))

@@ -54,7 +54,15 @@ def test_json_is_one_object_a_prompt(workdir):
     objects = [json.loads(line) for line in run.stdout.splitlines()]
     assert [made["prompt"] for made in objects] == ["naïve", ""]
     for made in objects:
-        assert list(made) == ["prompt", "text", "token_ids", "tokens_per_second", "finish_reason"]
+        assert list(made) == [
+            "prompt",
+            "text",
+            "token_ids",
+            "tokens_per_second",
+            "tokens_per_pass",
+            "acceptance",
+            "finish_reason",
+        ]
         assert made["finish_reason"] == "stop" or len(made["token_ids"]) == 20
         assert isinstance(made["text"], str) and made["tokens_per_second"] > 0
 

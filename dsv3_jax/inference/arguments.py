@@ -28,8 +28,12 @@ class InferArguments:
     json: bool = False
     """Print one JSON object a prompt, a line each, instead of text."""
 
+    speculative: int = 0
+    """Tokens that the MTP module guesses ahead and the model verifies in one pass: faster, and the same text greedily,
+    the same distribution otherwise. 0: none."""
 
-OPTIONS = ("checkpoint", "prompt", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "json")
+
+OPTIONS = ("checkpoint", "prompt", "max_new_tokens", "speculative", "temperature", "top_k", "top_p", "seed", "json")
 PLACEHOLDER = InferArguments(Path(), ())
 
 
@@ -57,6 +61,8 @@ def parse_infer(argv: Sequence[str]) -> InferArguments:
     arguments = _tyro(options, PLACEHOLDER)
     if arguments.max_new_tokens < 1:
         raise ArgumentError(f"--max_new_tokens={arguments.max_new_tokens} must be at least 1")
+    if arguments.speculative < 0:
+        raise ArgumentError(f"--speculative={arguments.speculative} must be at least 0; 0 turns it off")
     return arguments
 
 

@@ -76,7 +76,11 @@ def choose_tokens(logits_BW: Array, inputs: SamplingInputs, positions_B: Array) 
     A draw depends on the logits, the settings, the row's stream and the position, on nothing else in the batch. An id
     whose logit is -inf is never chosen.
     """
-    return jax.lax.cond(inputs.temperature > 0, _drawn, _most_probable, logits_BW, inputs, positions_B)
+
+    def draw(logits_BW: Array) -> Array:
+        return drawn_from(probabilities(logits_BW, inputs), uniforms(inputs, positions_B, 0))
+
+    return jax.lax.cond(inputs.temperature > 0, draw, most_probable, logits_BW)
 
 
 def probabilities(logits_BW: Array, inputs: SamplingInputs) -> Array:
@@ -123,16 +127,23 @@ def smallest_set(probability_BW: Array, weight_BW: Array, target: Array) -> Arra
     return above_BW | (equal_BW & (before_BW < target))
 
 
-def _most_probable(logits_BW: Array, inputs: SamplingInputs, positions_B: Array) -> Array:
+def most_probable(logits_BW: Array) -> Array:
+    """The lowest of the ids with the largest logit, int32; W where a logit is NaN. Over any leading dims."""
     return _lowest(logits_BW == logits_BW.max(axis=-1, keepdims=True))
 
 
-def _drawn(logits_BW: Array, inputs: SamplingInputs, positions_B: Array) -> Array:
+def uniforms(inputs: SamplingInputs, positions_B: Array, purpose: int) -> Array:
+    """A number in [0, 1) a row, float32, that depends on the row's stream, the position and the purpose alone."""
+
+    def one(key: Array, position: Array) -> Array:
+        key = jax.random.fold_in(key, position)
+        return jax.random.uniform(jax.random.fold_in(key, purpose) if purpose else key)
+
+    return jax.vmap(one)(inputs.keys_B, positions_B)
+
+
+def drawn_from(probability_BW: Array, uniform_B: Array) -> Array:
     """Inversion: the first id at which the running sum of probabilities passes a uniform share of the whole sum."""
-    probability_BW = probabilities(logits_BW, inputs)
-    uniform_B = jax.vmap(lambda key, position: jax.random.uniform(jax.random.fold_in(key, position)))(
-        inputs.keys_B, positions_B
-    )
     possible_BW = probability_BW > 0
     # A parallel running sum need not rise strictly or evenly: only possible ids count, and the whole is their largest.
     sum_BW = jnp.where(possible_BW, jnp.cumsum(probability_BW, axis=-1), 0)

@@ -36,4 +36,6 @@ def unstacked(model: Transformer) -> Transformer:
             for block in blocks:
                 block.attention.keep_absorbed()
             setattr(model, name, blocks)
+    for module in model.mtp:
+        module.block.attention.keep_absorbed()
     return model

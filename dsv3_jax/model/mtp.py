@@ -1,5 +1,6 @@
 """Multi-token prediction: module k predicts the token k + 1 further on from the state before it (V3 section 2.2)."""
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -49,6 +50,20 @@ class MultiTokenPrediction(nnx.Module):
         return recomputed(lambda state, *inputs: predict(nnx.merge(structure, state), *inputs), self.model.remat)(
             state, hidden_BSD, embedded_BSD
         )
+
+    def prefill(self, hidden_BSD: Array, embedded_BSD: Array, by: Rotation, cache_BTX: Array) -> tuple[Array, Array]:
+        """As a call on rows from position 0 on. Returns the states and the cache with entries 0 .. S - 1 written."""
+        valid_BS = jnp.ones(hidden_BSD.shape[:2], bool)
+        x_BSD, latent_BSX, _ = self.block(self.combine(hidden_BSD, embedded_BSD), by, None, valid_BS)
+        cache_BTX = jax.lax.dynamic_update_slice(cache_BTX, latent_BSX.astype(cache_BTX.dtype), (0, 0, 0))
+        return self.norm(x_BSD), cache_BTX
+
+    def decode(
+        self, hidden_BSD: Array, embedded_BSD: Array, by: Rotation, cache_BTX: Array, positions_BS: Array
+    ) -> tuple[Array, Array]:
+        """As a call on new positions, against this module's own cache. Returns the states and the cache with them."""
+        x_BSD, cache_BTX = self.block.decode(self.combine(hidden_BSD, embedded_BSD), by, cache_BTX, positions_BS)
+        return self.norm(x_BSD), cache_BTX
 
     def combine(self, hidden_BSD: Array, embedded_BSD: Array) -> Array:
         """Project [normed embedding ; normed hidden state].

@@ -106,7 +106,7 @@ class Transformer(nnx.Module):
         by = rotation(self.model, _positions(hidden_BSD, positions_BS))
         valid_BSk = jnp.ones(following_BSk.shape, bool) if valid_BSk is None else valid_BSk
         states, statistics = [], []
-        state_BSD = self.norm(hidden_BSD) if self.model.mtp_input == "final_norm" else hidden_BSD
+        state_BSD = self.drafting_state(hidden_BSD)
         for depth, module in enumerate(self.mtp):
             embedded_BSD = self.embed(following_BSk[:, :, depth])
             state_BSD, of_module = module(state_BSD, embedded_BSD, by, segment_ids_BS, valid_BSk[:, :, depth])
@@ -136,6 +136,36 @@ class Transformer(nnx.Module):
             return block.decode(x_BSD, by, cache_BTX, positions_BS)
 
         return self._scan_with_cache(body, self.embed(tokens_BS), cache)
+
+    def drafting_state(self, hidden_BSD: Array) -> Array:
+        """What the first MTP module takes of the residual stream that `prefill` and `decode` return."""
+        return self.norm(hidden_BSD) if self.model.mtp_input == "final_norm" else hidden_BSD
+
+    def draft_prefill(self, state_BSD: Array, following_BS: Array, cache_BTX: Array) -> tuple[Array, Array]:
+        """States of the first MTP module over rows from position 0 on, ready for the head, and its cache with them.
+
+        Args:
+            state_BSD: `drafting_state` of the rows.
+            following_BS: int32, the token after each position; any where there is none, as no position before sees it.
+            cache_BTX: of `empty_draft_cache`.
+        """
+        by = rotation(self.model, _positions(state_BSD, None))
+        return self.mtp[0].prefill(state_BSD, self.embed(following_BS), by, cache_BTX)
+
+    def draft(
+        self, state_BSD: Array, following_BS: Array, cache_BTX: Array, positions_BS: Array
+    ) -> tuple[Array, Array]:
+        """The same at new positions. Returns the states and the cache with them in it.
+
+        From state i and token i + 1 it predicts token i + 2. Its own state i, and that token, stand in for the model's
+        state i + 1 to predict one more. A position outside the cache is not written.
+        """
+        by = rotation(self.model, positions_BS)
+        return self.mtp[0].decode(state_BSD, self.embed(following_BS), by, cache_BTX, positions_BS)
+
+    def empty_draft_cache(self, batch: int, length: int) -> Array:
+        """As `empty_cache`, of the first MTP module: [B, T, C + R]."""
+        return jnp.zeros((batch, length, self.model.cache_width), jnp.dtype(self.model.precision))
 
     def empty_cache(self, batch: int, length: int) -> Cache:
         """Each token's normed latent and rotated key a layer, C + R numbers in the compute type, nothing else."""

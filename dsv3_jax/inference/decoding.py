@@ -1,0 +1,193 @@
+"""The compiled part of generation: prompts into a cache, then tokens against it, a chunk of them at a time.
+
+With drafts (speculation.py) a pass of the model takes the newest token and the tokens that its MTP module has guessed
+to follow, and yields as many as stay, and one more. Drafts that do not stay leave entries in the caches, at positions
+that are masked until the tokens that do come there overwrite them.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from dsv3_jax.inference.sampling import SamplingInputs, choose_tokens
+from dsv3_jax.inference.speculation import Drafts, draft_token, verify
+from dsv3_jax.model.transformer import Cache, Transformer
+
+LONGEST_CHUNK = 64
+"""Tokens of a chunk at most, drafts aside."""
+
+
+class Vocabulary(NamedTuple):
+    """Which ids may come out of the model."""
+
+    known_W: Array
+    """bool: the tokenizer has this id. The other rows of the head are padding and are never chosen."""
+    end: Array
+    """int32, the token that ends a document."""
+
+
+class Rows(NamedTuple):
+    """The state of a batch between two tokens. A row whose token is the end token has ended."""
+
+    cache: Cache
+    tokens_B: Array
+    """int32, the newest token of each row, not in the cache yet."""
+    positions_B: Array
+    """int32, its position."""
+    draft_cache: Array | None
+    drafts: Drafts | None
+    """Of the positions after it; both None without speculation."""
+
+
+class Made(NamedTuple):
+    """What a chunk of decoding adds."""
+
+    tokens_BC: Array
+    """int32, the first `count_B` of each row."""
+    count_B: Array
+    accepted_k: Array
+    """int32, how often each draft stayed, over rows and passes."""
+    passes: Array
+    """int32, passes of the model over rows that had not ended."""
+
+
+@functools.cache
+def compiled(structure: jax.tree_util.PyTreeDef, drafts: int) -> tuple[Callable, Callable]:
+    """`_prefill` and `_decode_chunk`, jitted, for models of one structure, which they take as leaves."""
+
+    def of_leaves(function: Callable) -> Callable:
+        return lambda leaves, *arguments: function(jax.tree.unflatten(structure, leaves), drafts, *arguments)
+
+    return jax.jit(of_leaves(_prefill), static_argnums=5), jax.jit(of_leaves(_decode_chunk), donate_argnums=1)
+
+
+def _prefill(
+    model: Transformer,
+    drafts: int,
+    tokens_BS: Array,
+    lengths_B: Array,
+    inputs: SamplingInputs,
+    vocabulary: Vocabulary,
+    cache_length: int,
+) -> Rows:
+    """The prompts' cache, the first new token of each, and drafts of those after it."""
+    batch = tokens_BS.shape[0]
+    hidden_BSD, cache = model.prefill(tokens_BS, model.empty_cache(batch, cache_length))
+    last_B11 = (lengths_B - 1)[:, None, None]
+    logits_B1W = _logits(model, model.norm(jnp.take_along_axis(hidden_BSD, last_B11, axis=1)), vocabulary)
+    tokens_B = choose_tokens(logits_B1W[:, 0], inputs, lengths_B)
+    rows = Rows(cache, tokens_B, lengths_B, None, None)
+    if not drafts:
+        return rows
+    following_BS = jnp.roll(tokens_BS, -1, axis=1).at[jnp.arange(batch), lengths_B - 1].set(tokens_B)
+    empty = model.empty_draft_cache(batch, cache_length)
+    state_BSD, draft_cache = model.draft_prefill(model.drafting_state(hidden_BSD), following_BS, empty)
+    state_B1D = jnp.take_along_axis(state_BSD, last_B11, axis=1)
+    return _with_drafts(model, rows, drafts, state_B1D, draft_cache, inputs, vocabulary)
+
+
+def _decode_chunk(
+    model: Transformer, drafts: int, rows: Rows, inputs: SamplingInputs, vocabulary: Vocabulary, steps: Array
+) -> tuple[Rows, Made]:
+    """At least `steps` more tokens a row, fewer where every row has ended; more where a row's drafts stay."""
+
+    def goes_on(carry: tuple[Rows, Made]) -> Array:
+        rows, made = carry
+        return ((made.count_B < steps) & (rows.tokens_B != vocabulary.end)).any()
+
+    def one_pass(carry: tuple[Rows, Made]) -> tuple[Rows, Made]:
+        rows, made = carry
+        going_B = rows.tokens_B != vocabulary.end
+        new_Bn, accepted_B, rows = _next_tokens(model, drafts, rows, inputs, vocabulary)
+        # Up to the end token, if a draft is one.
+        place_n = jnp.arange(drafts + 1)
+        before_Bn = jnp.cumsum(new_Bn == vocabulary.end, axis=1) - (new_Bn == vocabulary.end)
+        kept_Bn = going_B[:, None] & (place_n <= accepted_B[:, None]) & (before_Bn == 0)
+        count_B = kept_Bn.sum(axis=1, dtype=jnp.int32)
+        column_Bn = jnp.where(kept_Bn, made.count_B[:, None] + place_n, made.tokens_BC.shape[1])
+        batch_B1 = jnp.arange(new_Bn.shape[0])[:, None]
+        newest_B = jnp.take_along_axis(new_Bn, jnp.maximum(count_B - 1, 0)[:, None], axis=1)[:, 0]
+        made = Made(
+            made.tokens_BC.at[batch_B1, column_Bn].set(new_Bn, mode="drop"),
+            made.count_B + count_B,
+            made.accepted_k + (going_B[:, None] & (place_n[1:] <= accepted_B[:, None])).sum(axis=0, dtype=jnp.int32),
+            made.passes + going_B.sum(dtype=jnp.int32),
+        )
+        tokens_B = jnp.where(going_B, newest_B, vocabulary.end)
+        return rows._replace(tokens_B=tokens_B, positions_B=rows.positions_B + count_B), made
+
+    batch = rows.tokens_B.shape[0]
+    empty = Made(
+        jnp.zeros((batch, LONGEST_CHUNK * (drafts + 1)), jnp.int32),
+        jnp.zeros(batch, jnp.int32),
+        jnp.zeros(drafts, jnp.int32),
+        jnp.int32(0),
+    )
+    return jax.lax.while_loop(goes_on, one_pass, (rows, empty))
+
+
+def _next_tokens(
+    model: Transformer, drafts: int, rows: Rows, inputs: SamplingInputs, vocabulary: Vocabulary
+) -> tuple[Array, Array, Rows]:
+    """One pass of the model over the newest token and its drafts.
+
+    Returns the next tokens, int32 [B, n], of which the drafts that stay and one more count; how many stay, int32 [B];
+    and the rows with caches and drafts of what comes after, their newest token still the one before.
+    """
+    at_B1 = rows.positions_B[:, None]
+    if rows.drafts is None or rows.draft_cache is None:
+        hidden_B1D, cache = model.decode(rows.tokens_B[:, None], rows.cache, at_B1)
+        logits_B1W = _logits(model, model.norm(hidden_B1D), vocabulary)
+        next_B = choose_tokens(logits_B1W[:, 0], inputs, rows.positions_B + 1)
+        return next_B[:, None], jnp.zeros_like(next_B), rows._replace(cache=cache)
+    positions_Bn = at_B1 + jnp.arange(drafts + 1)
+    tokens_Bn = jnp.concatenate([rows.tokens_B[:, None], rows.drafts.tokens_Bk], axis=1)
+    hidden_BnD, cache = model.decode(tokens_Bn, rows.cache, positions_Bn)
+    logits_BnW = _logits(model, model.norm(hidden_BnD), vocabulary)
+    accepted_B, next_B = verify(logits_BnW, rows.drafts, inputs, rows.positions_B + 1)
+    accepted_B1 = accepted_B[:, None]
+    # Drafts, then the model's own token in the place of the first that did not stay.
+    new_Bn = jnp.pad(rows.drafts.tokens_Bk, ((0, 0), (0, 1)))
+    new_Bn = jnp.where(jnp.arange(drafts + 1) == accepted_B1, next_B[:, None], new_Bn)
+    # The MTP module sees what the model has made of the tokens that stay; the other entries are not written.
+    stays_Bn = jnp.arange(drafts + 1) <= accepted_B1
+    written_Bn = jnp.where(stays_Bn, positions_Bn, rows.draft_cache.shape[1])
+    state_BnD, draft_cache = model.draft(model.drafting_state(hidden_BnD), new_Bn, rows.draft_cache, written_Bn)
+    state_B1D = jnp.take_along_axis(state_BnD, accepted_B1[..., None], axis=1)
+    after = Rows(cache, next_B, rows.positions_B + accepted_B + 1, None, None)
+    after = _with_drafts(model, after, drafts, state_B1D, draft_cache, inputs, vocabulary)
+    return new_Bn, accepted_B, after._replace(tokens_B=rows.tokens_B, positions_B=rows.positions_B)
+
+
+def _with_drafts(
+    model: Transformer,
+    rows: Rows,
+    drafts: int,
+    state_B1D: Array,
+    draft_cache: Array,
+    inputs: SamplingInputs,
+    vocabulary: Vocabulary,
+) -> Rows:
+    """The rows with drafts, from the MTP module's state at the position before each newest token."""
+    tokens: list[Array] = []
+    probabilities: list[Array] = []
+    for place in range(drafts):
+        position_B = rows.positions_B + place
+        if place:
+            state_B1D, draft_cache = model.draft(state_B1D, tokens[-1][:, None], draft_cache, position_B[:, None] - 1)
+        logits_B1W = _logits(model, state_B1D, vocabulary)
+        token_B, probability_BW = draft_token(logits_B1W[:, 0], inputs, position_B + 1)
+        tokens.append(token_B)
+        probabilities.append(probability_BW)
+    return rows._replace(
+        draft_cache=draft_cache, drafts=Drafts(jnp.stack(tokens, axis=1), jnp.stack(probabilities, axis=1))
+    )
+
+
+def _logits(model: Transformer, normed_BSD: Array, vocabulary: Vocabulary) -> Array:
+    """Logits of the ids that the tokenizer has; the others are -inf."""
+    return jnp.where(vocabulary.known_W, model.logits(normed_BSD), -jnp.inf)
