@@ -7,7 +7,6 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from dsv3_jax.data.tokenizer import encode, special_tokens, tokenizer_from, train_tokenizer
-from dsv3_jax.inference import chat_rendering
 from dsv3_jax.inference.chat import DEEPSEEK, ChatError, ChatTemplate, chat_template
 
 TEXT = "def naïve(x):\n    return 'é漢字🙂'  # déjà vu <think> user assistant system\n"
@@ -261,29 +260,9 @@ def test_nesting_beyond_what_python_can_follow_is_refused(deepseek):
         deepseek.token_ids([{"role": "user", "content": "x", "name": nested}])
 
 
-@pytest.mark.parametrize(
-    ("source", "error"),
-    [
-        (MISTRAL, "refuses these messages: roles must alternate"),
-        ("{{ messages[0].content + none }}", "fails on these messages: can only concatenate"),
-        ("{{ messages[9].content.x }}", "fails on these messages: "),
-        ("{{ messages.append(1) }}", "fails on these messages: .*unsafe"),
-        ("{{ ''.__class__.__mro__ }}", "fails on these messages: .*unsafe"),
-        ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "recursion"),
-        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "still running after 0.1"),
-        ("{% macro f(n) %}{{ f(n - 1) + f(n - 1) if n }}{% endmacro %}{{ f(60) }}", "still running after 0.1"),
-        ("{% for a in range(99999) %}{{ 'x' * 1000 }}{% endfor %}", "more than 8,000,000 characters"),
-        ("{{ 'x' * 10 ** 12 }}", "repeated to more"),
-        ("{{ 9 ** 9 ** 9 }}", "a power of numbers"),
-        ("{# #}", "writes nothing"),
-    ],
-)
-def test_templates_that_fail(tokenizer, monkeypatch, source, error):
-    if "0.1" in error:
-        monkeypatch.setattr(chat_rendering, "SECONDS", 0.1)
-    with pytest.raises(ChatError, match=error) as caught:
-        with_template(source, tokenizer).token_ids([{"role": "system", "content": "x"}])
-    assert "\n" not in str(caught.value)
+def test_a_template_that_writes_nothing(tokenizer):
+    with pytest.raises(ChatError, match="writes nothing"):
+        with_template("{# #}", tokenizer).token_ids([{"role": "user", "content": "x"}])
 
 
 def test_a_message_that_the_template_leaves_out_cannot_be_continued(tokenizer):
