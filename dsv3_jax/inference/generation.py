@@ -92,7 +92,7 @@ class Generator:
         """
         longest = self._check(prompts, max_new_tokens)
         tokens_BS, lengths_B = _padded(prompts, prompt_bucket(longest, self._config))
-        inputs = SamplingInputs.of(sampling, len(prompts))
+        inputs = SamplingInputs.of([sampling] * len(prompts), range(len(prompts)))
         cache_length = cache_bucket(longest + max_new_tokens, self._config)
         rows = self._prefill(self._leaves, tokens_BS, lengths_B, inputs, self._vocabulary, cache_length)
         ended_B = np.zeros(len(prompts), bool)
