@@ -124,8 +124,9 @@ def _streams(seeds_B: Array, indices_B: Array) -> Array:
 def choose_tokens(logits_BW: Array, inputs: SamplingInputs, positions_B: Array) -> Array:
     """One token a row, int32 [B], for the given positions; W where a row's logits hold a NaN or allow no id.
 
-    A draw depends on the row's logits, settings, stream and position, on nothing else in the batch. An id whose logit
-    is -inf is never chosen. Penalties are `penalized`'s to apply before.
+    A draw depends on the row's logits, settings, stream and position, not on its neighbours or its place (nor on how
+    many there are, but that a backend may round the sum of a very wide row otherwise for another number of rows). An
+    id whose logit is -inf is never chosen. `penalized` (penalties.py) comes before.
     """
 
     def drawn() -> Array:
