@@ -11,6 +11,7 @@ from dsv3_jax.command_line import run_main
 from dsv3_jax.convert.opening import open_model
 from dsv3_jax.data.errors import DataError
 from dsv3_jax.inference.arguments import InferArguments, parse_infer
+from dsv3_jax.inference.chat import chat_template
 from dsv3_jax.inference.completion import complete
 from dsv3_jax.loading import load_opened
 from dsv3_jax.runtime import set_up_compiler, use_one_thread
@@ -32,7 +33,7 @@ def infer(arguments: InferArguments) -> None:
     if tokenizer is None:
         raise DataError(f"{opened.path} has no tokenizer.json: text cannot be read or written without one")
     stream = len(prompts) == 1 and not arguments.json
-    if stream:
+    if stream and not arguments.chat:
         show(prompts[0])
     completions = complete(
         model,
@@ -42,6 +43,8 @@ def infer(arguments: InferArguments) -> None:
         arguments.max_new_tokens,
         on_piece=(lambda _, text: show(text)) if stream else None,
         speculative=arguments.speculative,
+        stop=arguments.stop,
+        chat=chat_template((opened.hugging_face or {}).get("files"), tokenizer) if arguments.chat else None,
     )
     if stream:
         show("\n")
@@ -52,7 +55,8 @@ def infer(arguments: InferArguments) -> None:
         if arguments.json:
             print(json.dumps(dataclasses.asdict(completion)))
         elif not stream:
-            print(f"=== prompt {number} of {len(prompts)} ===\n{completion.prompt}{completion.text}")
+            before = "" if arguments.chat else completion.prompt
+            print(f"=== prompt {number} of {len(prompts)} ===\n{before}{completion.text}")
 
 
 def show(text: str) -> None:

@@ -56,6 +56,7 @@ def test_json_is_one_object_a_prompt(workdir):
     for made in objects:
         assert list(made) == [
             "prompt",
+            "reasoning",
             "text",
             "token_ids",
             "tokens_per_second",

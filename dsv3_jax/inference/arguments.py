@@ -27,13 +27,20 @@ class InferArguments:
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
     json: bool = False
     """Print one JSON object a prompt, a line each, instead of text."""
-
+    chat: bool = False
+    """Take each prompt as what a user says in a chat, by the model's own chat template, and print the answer alone."""
+    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """End before this text; give it several times for several."""
     speculative: int = 0
     """Tokens that the MTP module guesses ahead and the model verifies in one pass: faster, and the same text greedily,
     the same distribution otherwise. 0: none."""
 
 
-OPTIONS = ("checkpoint", "prompt", "max_new_tokens", "speculative", "temperature", "top_k", "top_p", "seed", "json")
+FLAGS = ("json", "chat")
+OPTIONS = (
+    *("checkpoint", "prompt", "max_new_tokens", "speculative", "stop", "temperature", "top_k", "top_p", "min_p"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty", "seed", *FLAGS),
+)
 PLACEHOLDER = InferArguments(Path(), ())
 
 
@@ -48,10 +55,10 @@ def parse_infer(argv: Sequence[str]) -> InferArguments:
     if "-h" in argv or "--help" in argv:
         _tyro(["--help"], InferArguments(tyro.MISSING, tyro.MISSING))
     options = []
-    for name, value in option_pairs(argv, flags=("json",)):
+    for name, value in option_pairs(argv, flags=FLAGS):
         if name not in OPTIONS:
             raise ArgumentError(f"--{name} is not an option{suggestion(name, OPTIONS, '--')}; --help lists them all")
-        if value is None and name != "json":
+        if value is None and name not in FLAGS:
             raise ArgumentError(f"--{name} needs a value: --{name}=VALUE")
         options.append(f"--{name}" if value is None else f"--{name}={value}")
         _require_readable(options[-1])
@@ -75,7 +82,8 @@ def _require_readable(option: str) -> None:
         raise ArgumentError(f"--{error}") from error
     except SystemExit:
         name = option[2:].partition("=")[0]
-        kind = {"temperature": "a number", "top_p": "a number", "json": "no value"}.get(name, "a whole number")
+        whole = ("max_new_tokens", "speculative", "top_k", "seed")
+        kind = "no value" if name in FLAGS else "a whole number" if name in whole else "a number"
         raise ArgumentError(f"{option} cannot be read: expected {kind}") from None
 
 

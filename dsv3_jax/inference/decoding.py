@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from dsv3_jax.inference.penalties import History, penalized
 from dsv3_jax.inference.sampling import SamplingInputs, choose_tokens
 from dsv3_jax.inference.speculation import Drafts, draft_token, verify
 from dsv3_jax.model.transformer import Cache, Transformer
@@ -41,6 +42,8 @@ class Rows(NamedTuple):
     draft_cache: Array | None
     drafts: Drafts | None
     """Of the positions after it; both None without speculation."""
+    history: History | None
+    """What each row was told and has said, the newest token included; None where no row is penalized for it."""
 
 
 class Made(NamedTuple):
@@ -62,7 +65,7 @@ def compiled(structure: jax.tree_util.PyTreeDef, drafts: int) -> tuple[Callable,
     def of_leaves(function: Callable) -> Callable:
         return lambda leaves, *arguments: function(jax.tree.unflatten(structure, leaves), drafts, *arguments)
 
-    return jax.jit(of_leaves(_prefill), static_argnums=5), jax.jit(of_leaves(_decode_chunk), donate_argnums=1)
+    return jax.jit(of_leaves(_prefill), static_argnums=6), jax.jit(of_leaves(_decode_chunk), donate_argnums=1)
 
 
 def _prefill(
@@ -72,6 +75,7 @@ def _prefill(
     lengths_B: Array,
     inputs: SamplingInputs,
     vocabulary: Vocabulary,
+    history: History | None,
     cache_length: int,
 ) -> Rows:
     """The prompts' cache, the first new token of each, and drafts of those after it."""
@@ -79,8 +83,8 @@ def _prefill(
     hidden_BSD, cache = model.prefill(tokens_BS, model.empty_cache(batch, cache_length))
     last_B11 = (lengths_B - 1)[:, None, None]
     logits_B1W = _logits(model, model.norm(jnp.take_along_axis(hidden_BSD, last_B11, axis=1)), vocabulary)
-    tokens_B = choose_tokens(logits_B1W[:, 0], inputs, lengths_B)
-    rows = Rows(cache, tokens_B, lengths_B, None, None)
+    tokens_B = choose_tokens(penalized(logits_B1W[:, 0], inputs, history), inputs, lengths_B)
+    rows = Rows(cache, tokens_B, lengths_B, None, None, _with_tokens(history, tokens_B))
     if not drafts:
         return rows
     following_BS = jnp.roll(tokens_BS, -1, axis=1).at[jnp.arange(batch), lengths_B - 1].set(tokens_B)
@@ -142,12 +146,21 @@ def _next_tokens(
     if rows.drafts is None or rows.draft_cache is None:
         hidden_B1D, cache = model.decode(rows.tokens_B[:, None], rows.cache, at_B1)
         logits_B1W = _logits(model, model.norm(hidden_B1D), vocabulary)
-        next_B = choose_tokens(logits_B1W[:, 0], inputs, rows.positions_B + 1)
-        return next_B[:, None], jnp.zeros_like(next_B), rows._replace(cache=cache)
+        logits_BW = penalized(logits_B1W[:, 0], inputs, rows.history)
+        next_B = choose_tokens(logits_BW, inputs, rows.positions_B + 1)
+        rows = rows._replace(cache=cache, history=_with_tokens(rows.history, next_B))
+        return next_B[:, None], jnp.zeros_like(next_B), rows
     positions_Bn = at_B1 + jnp.arange(drafts + 1)
     tokens_Bn = jnp.concatenate([rows.tokens_B[:, None], rows.drafts.tokens_Bk], axis=1)
     hidden_BnD, cache = model.decode(tokens_Bn, rows.cache, positions_Bn)
     logits_BnW = _logits(model, model.norm(hidden_BnD), vocabulary)
+    if rows.history is not None:
+        # Each position has heard of the drafts before it.
+        heard: list[History | None] = [rows.history]
+        for place in range(drafts):
+            heard.append(_with_tokens(heard[-1], rows.drafts.tokens_Bk[:, place]))
+        each = [penalized(logits_BnW[:, place], inputs, history) for place, history in enumerate(heard)]
+        logits_BnW = jnp.stack(each, axis=1)
     accepted_B, next_B = verify(logits_BnW, rows.drafts, inputs, rows.positions_B + 1)
     accepted_B1 = accepted_B[:, None]
     # Drafts, then the model's own token in the place of the first that did not stay.
@@ -158,7 +171,10 @@ def _next_tokens(
     written_Bn = jnp.where(stays_Bn, positions_Bn, rows.draft_cache.shape[1])
     state_BnD, draft_cache = model.draft(model.drafting_state(hidden_BnD), new_Bn, rows.draft_cache, written_Bn)
     state_B1D = jnp.take_along_axis(state_BnD, accepted_B1[..., None], axis=1)
-    after = Rows(cache, next_B, rows.positions_B + accepted_B + 1, None, None)
+    history = rows.history
+    for place in range(drafts + 1):
+        history = _with_tokens(history, new_Bn[:, place], stays_Bn[:, place])
+    after = Rows(cache, next_B, rows.positions_B + accepted_B + 1, None, None, history)
     after = _with_drafts(model, after, drafts, state_B1D, draft_cache, inputs, vocabulary)
     return new_Bn, accepted_B, after._replace(tokens_B=rows.tokens_B, positions_B=rows.positions_B)
 
@@ -175,17 +191,26 @@ def _with_drafts(
     """The rows with drafts, from the MTP module's state at the position before each newest token."""
     tokens: list[Array] = []
     probabilities: list[Array] = []
+    history = rows.history
     for place in range(drafts):
         position_B = rows.positions_B + place
         if place:
             state_B1D, draft_cache = model.draft(state_B1D, tokens[-1][:, None], draft_cache, position_B[:, None] - 1)
         logits_B1W = _logits(model, state_B1D, vocabulary)
-        token_B, probability_BW = draft_token(logits_B1W[:, 0], inputs, position_B + 1)
+        logits_BW = penalized(logits_B1W[:, 0], inputs, history)
+        token_B, probability_BW = draft_token(logits_BW, inputs, position_B + 1)
+        history = _with_tokens(history, token_B)
         tokens.append(token_B)
         probabilities.append(probability_BW)
     return rows._replace(
         draft_cache=draft_cache, drafts=Drafts(jnp.stack(tokens, axis=1), jnp.stack(probabilities, axis=1))
     )
+
+
+def _with_tokens(history: History | None, tokens_B: Array, counted_B: Array | None = None) -> History | None:
+    if history is None:
+        return None
+    return history.with_tokens(tokens_B, jnp.ones(tokens_B.shape, bool) if counted_B is None else counted_B)
 
 
 def _logits(model: Transformer, normed_BSD: Array, vocabulary: Vocabulary) -> Array:

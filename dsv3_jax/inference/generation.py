@@ -23,6 +23,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.data.tokenizer import special_tokens
 from dsv3_jax.errors import UserError
 from dsv3_jax.inference.decoding import LONGEST_CHUNK, Made, Rows, Vocabulary, compiled
+from dsv3_jax.inference.penalties import History
 from dsv3_jax.inference.sampling import Sampling, SamplingInputs
 from dsv3_jax.inference.weights import unstacked, with_inference_types
 from dsv3_jax.model.transformer import Transformer
@@ -87,9 +88,10 @@ class Generator:
         """
         longest = self._check(prompts, max_new_tokens)
         tokens_BS, lengths_B = _padded(prompts, prompt_bucket(longest, self._config))
-        inputs = SamplingInputs.of(sampling, len(prompts))
+        inputs = SamplingInputs.of([sampling] * len(prompts), range(len(prompts)))
         cache_length = cache_bucket(longest + max_new_tokens, self._config)
-        rows = self._prefill(self._leaves, tokens_BS, lengths_B, inputs, self._vocabulary, cache_length)
+        history = History.of(prompts, self._config.vocabulary) if sampling.penalizes else None
+        rows = self._prefill(self._leaves, tokens_BS, lengths_B, inputs, self._vocabulary, history, cache_length)
         ended_B = np.zeros(len(prompts), bool)
         first_B = [[token] for token in np.asarray(rows.tokens_B).tolist()]
         yield Chunk(self._new_ids(first_B, ended_B), 0.0, len(prompts), [0] * self._drafts)

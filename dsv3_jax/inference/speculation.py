@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from dsv3_jax.inference.sampling import SamplingInputs, drawn_from, most_probable, probabilities, uniforms
+from dsv3_jax.inference.sampling import SamplingInputs, draw, most_probable, probabilities, uniforms
 
 # Which of a position's independent random numbers: a token drawn from p needs one, a draft two more.
 ACCEPTING, DRAFTING, REPLACING = 1, 2, 3
@@ -25,7 +25,7 @@ class Drafts(NamedTuple):
     tokens_Bk: Array
     """int32."""
     probability_BkW: Array
-    """float32, what each was drawn from; not used of rows that are greedy."""
+    """float32, what each was drawn from; zeros where every row is greedy."""
 
 
 class Verdict(NamedTuple):
@@ -38,14 +38,14 @@ class Verdict(NamedTuple):
 def draft_token(logits_BW: Array, inputs: SamplingInputs, positions_B: Array) -> tuple[Array, Array]:
     """A draft a row, int32 [B], for the given positions, and what it was drawn from, float32 [B, W]."""
 
-    def draw(logits_BW: Array) -> tuple[Array, Array]:
+    def drawn() -> tuple[Array, Array]:
         probability_BW = probabilities(logits_BW, inputs)
-        return drawn_from(probability_BW, uniforms(inputs, positions_B, DRAFTING)), probability_BW
+        return draw(probability_BW, uniforms(inputs, positions_B, DRAFTING)), probability_BW
 
-    def take(logits_BW: Array) -> tuple[Array, Array]:
+    def taken() -> tuple[Array, Array]:
         return most_probable(logits_BW), jnp.zeros_like(logits_BW)
 
-    return jax.lax.cond(inputs.temperature > 0, draw, take, logits_BW)
+    return jax.lax.cond((inputs.temperature_B > 0).any(), drawn, taken)
 
 
 def verify(logits_BnW: Array, drafts: Drafts, inputs: SamplingInputs, positions_B: Array) -> Verdict:
@@ -56,7 +56,8 @@ def verify(logits_BnW: Array, drafts: Drafts, inputs: SamplingInputs, positions_
         drafts: of the positions from `positions_B` on.
         positions_B: int32, position of the first draft.
     """
-    return jax.lax.cond(inputs.temperature > 0, _sampled, _greedy, logits_BnW, drafts, inputs, positions_B)
+    any_drawn = (inputs.temperature_B > 0).any()
+    return jax.lax.cond(any_drawn, _sampled, _greedy, logits_BnW, drafts, inputs, positions_B)
 
 
 def _greedy(logits_BnW: Array, drafts: Drafts, inputs: SamplingInputs, positions_B: Array) -> Verdict:
@@ -82,7 +83,7 @@ def _sampled(logits_BnW: Array, drafts: Drafts, inputs: SamplingInputs, position
     rest_BW = jnp.maximum(target_BW - drafted_BW, 0)
     # Rounding may leave nothing where p and q are the same; a draft was then refused with probability of about 0.
     rest_BW = jnp.where(rest_BW.sum(axis=-1, keepdims=True) > 0, rest_BW, target_BW)
-    next_B = drawn_from(rest_BW, uniforms(inputs, positions_B + accepted_B, REPLACING))
+    next_B = draw(rest_BW, uniforms(inputs, positions_B + accepted_B, REPLACING))
     # NaN logits are no distribution: as in plain decoding, W says so.
     bad_B = jnp.isnan(target_BnW).any(axis=(1, 2))
     return Verdict(jnp.where(bad_B, 0, accepted_B), jnp.where(bad_B, logits_BnW.shape[-1], next_B))

@@ -119,7 +119,7 @@ def test_traps_T1_T4_drafting_states_are_those_of_training(drafting):
 
 
 def inputs_of(sampling: Sampling, rows: int) -> SamplingInputs:
-    return SamplingInputs.of(sampling, rows)
+    return SamplingInputs.of([sampling] * rows, range(rows))
 
 
 def require_distribution(counts: np.ndarray, probabilities: np.ndarray) -> None:
@@ -210,3 +210,22 @@ def test_parameters_that_are_not_finite_are_told(drafting, tokenizer, sampling):
     model = put_together(skeleton_of(drafting.model), broken, router_bias)
     with pytest.raises(GenerationError, match="NaN"):
         made_by(Generator(model, tokenizer, 2), 2, PROMPTS, sampling, 5)
+
+
+def test_penalties_count_the_drafts_before(drafting, tokenizer):
+    """Greedy text under penalties, against the plain forward pass with penalties written out."""
+    sampling = Sampling(temperature=0.0, repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=0.7)
+    model = few_words(drafting, [20, 21, 22, 23])
+    rows, drafted = made_by(Generator(model, tokenizer, 2), 2, PROMPTS, sampling, 12)
+    assert made_by(Generator(model, tokenizer), 0, PROMPTS, sampling, 12)[0] == rows
+    assert 0.05 < drafted.acceptance[0] < 0.95
+    for prompt, row in zip(PROMPTS, rows, strict=True):
+        padded = np.array([[*prompt, *row] + [0] * (32 - len(prompt) - len(row))], np.int32)
+        logits_SW = np.asarray(forward(model, padded))[0]
+        for place, token in enumerate(row):
+            logits = logits_SW[len(prompt) + place - 1, :300].copy()
+            for seen in {*prompt, *row[:place]}:
+                logits[seen] = logits[seen] / 1.3 if logits[seen] > 0 else logits[seen] * 1.3
+            for seen in set(row[:place]):
+                logits[seen] -= 0.4 + 0.7 * row[:place].count(seen)
+            assert logits[token] > logits.max() - 1e-4, (prompt, place)
