@@ -13,6 +13,7 @@ from jax import Array
 from dsv3_jax.errors import UserError
 
 BITS_OF_ONE = 0x3F800000  # the float32 1.0 as an integer
+LEAST_NORMAL = float(np.finfo(np.float32).tiny)  # devices may take less as 0
 CHOICE = 0  # the purpose of choose_tokens' uniform numbers
 
 
@@ -96,16 +97,16 @@ class SamplingInputs(NamedTuple):
         """
 
         def column(name: str, dtype: type, least: float = -math.inf, most: float = math.inf) -> Array:
-            values = [min(max(getattr(sampling, name), least), most) for sampling in samplings]
-            return jnp.asarray(np.array(values, dtype))
+            values: np.ndarray = np.array(
+                [min(max(getattr(sampling, name), least), most) for sampling in samplings], dtype
+            )
+            return jnp.asarray(np.where(np.abs(values) < LEAST_NORMAL, 0, values).astype(dtype))
 
-        temperature_B = np.array([sampling.temperature for sampling in samplings], np.float32)
         indices_B = np.zeros(len(samplings)) if sample_indices is None else np.array(sample_indices)
         return cls(
-            # Devices may take a number below the least normal one as 0.
-            jnp.asarray(np.where(temperature_B < np.finfo(np.float32).tiny, np.float32(0), temperature_B)),
+            column("temperature", np.float32, most=1e30),
             column("top_k", np.int32, most=2**31 - 1),
-            column("top_p", np.float32),
+            column("top_p", np.float32, least=LEAST_NORMAL),
             column("min_p", np.float32),
             # Beyond these it has long been as if never or always, and a finite logit has to stay finite.
             column("repetition_penalty", np.float32, least=1e-6, most=1e6),

@@ -74,6 +74,15 @@ def test_probabilities_are_those_of_sorting_and_cutting(temperature):
         np.testing.assert_allclose(made_W, expected_W, rtol=1e-4, atol=1e-7, err_msg=str(row[1]))
 
 
+def test_the_hottest_is_uniform():
+    logits_BW = np.random.default_rng(0).normal(size=(6, WIDTH)).astype(np.float32)
+    logits_BW[:, 10:] = -np.inf
+    expected_W = np.repeat([0.1, 0.0], [10, WIDTH - 10])
+    for temperature in (1e20, 1e300):
+        made_BW = probabilities(logits_BW, same(Sampling(temperature, 0, 1.0), 6))
+        np.testing.assert_allclose(made_BW, np.tile(expected_W, (6, 1)), rtol=1e-6)
+
+
 @pytest.mark.parametrize("sampling", MIXED)
 def test_probabilities_are_those_of_transformers(sampling):
     if sampling.temperature == 0:
@@ -129,6 +138,7 @@ def test_the_limits_of_sampling_are_greedy():
         Sampling(temperature=1e-30),
         Sampling(temperature=5.0, top_k=1),
         Sampling(5.0, top_p=1e-6),
+        Sampling(5.0, top_p=1e-50),
         cold,
         Sampling(5.0, 0, 1.0, min_p=1),
     ):
