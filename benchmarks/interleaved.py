@@ -1,7 +1,7 @@
 """Sides measured in turns, so that a machine that slows down slows all of them.
 
-Every other round goes through them backwards: what a side leaves behind (memory, caches, a busy disk) then meets each of
-the others as often.
+Every other round goes through them backwards: what a side leaves behind (memory, caches, a busy disk) then meets each
+of the others as often.
 """
 
 import statistics
