@@ -68,7 +68,6 @@ for _ in range(3):
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
-    run = [sys.executable, "-c", program]
     faults = {
         choice: int(
             subprocess.run([sys.executable, "-c", program, choice], env=environment, capture_output=True).stdout
