@@ -66,9 +66,8 @@ def main(workdir: tyro.conf.Positional[Path], drafts: int = 1, rounds: int = 6, 
     print(f"{workdir}: {drafts} drafts, {len(made['plain'])} tokens, {statistics.median(found['plain']):,.0f} a second")
     print(f"  speculative / plain {ratio(found['speculative'], found['plain'])}")
     print(f"  {fared.tokens_per_pass:.2f} tokens a pass; drafts that stay: {stays}; a draft costs {cost:.2f} of a step")
-    print(
-        f"  bound {bound:.2f}; reached {statistics.median(reached):.0%} of it ({min(reached):.0%} to {max(reached):.0%})"
-    )
+    share = f"{statistics.median(reached):.0%} of it ({min(reached):.0%} to {max(reached):.0%})"
+    print(f"  bound {bound:.2f}; reached {share}")
 
 
 def draft_seconds(model: Transformer, positions: int) -> float:
