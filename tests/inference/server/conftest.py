@@ -2,6 +2,7 @@
 
 import itertools
 import threading
+import time
 from collections import deque
 
 import pytest
@@ -11,6 +12,7 @@ from dsv3_jax.data.tokenizer import encode, special_tokens
 from dsv3_jax.inference.chat import chat_template
 from dsv3_jax.inference.server.app import make_app
 from dsv3_jax.inference.server.engine_types import EngineBusy, EngineError, Event, Statistics, TokenLogprobs
+from dsv3_jax.inference.server.running import Server, bound
 from dsv3_jax.inference.server.service import Service
 from dsv3_jax.inference.server.token_texts import Scored
 
@@ -113,3 +115,17 @@ def service(engine, tokenizer):
 def client(service):
     with TestClient(make_app(service), raise_server_exceptions=False) as client:
         yield client
+
+
+@pytest.fixture
+def address(service, engine):
+    """Of a server that runs in a thread, where there are no signals."""
+    server = Server(service, seconds_to_end=1)
+    listening = bound("127.0.0.1", 0)
+    worker = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    worker.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    server.should_exit = True
+    worker.join()

@@ -2,7 +2,6 @@
 
 import asyncio
 import socket
-import threading
 import time
 
 import httpx2
@@ -10,23 +9,9 @@ import openai
 import pytest
 
 from dsv3_jax.errors import ArgumentError
-from dsv3_jax.inference.server.running import Server, bound
+from dsv3_jax.inference.server.running import bound
 
 CHAT = [{"role": "user", "content": "hi"}]
-
-
-@pytest.fixture
-def address(service, engine):
-    """Of a server that runs in a thread, where there are no signals."""
-    server = Server(service, seconds_to_end=1)
-    listening = bound("127.0.0.1", 0)
-    worker = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-    worker.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-    server.should_exit = True
-    worker.join()
 
 
 def until(condition):
