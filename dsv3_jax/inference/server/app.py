@@ -187,12 +187,12 @@ async def _answer(service: Service, handler: Handler, public: bool, request: Req
 
 
 def _authorize(service: Service, request: Request) -> None:
-    if service.api_key is None:
+    if not service.api_keys:
         return
     scheme, _, given = request.headers.get("authorization", "").partition(" ")
     # Headers arrive as bytes that are read as Latin-1.
-    same = hmac.compare_digest(given.strip().encode("latin-1"), service.api_key.encode())
-    if scheme.lower() != "bearer" or not same:
+    same = [hmac.compare_digest(given.strip().encode("latin-1"), key.encode()) for key in service.api_keys]
+    if scheme.lower() != "bearer" or not any(same):
         message = "the API key is missing or wrong: send it as 'Authorization: Bearer KEY'"
         raise RequestError(message, status=UNAUTHORIZED, code="invalid_api_key")
 

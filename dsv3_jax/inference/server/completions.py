@@ -74,9 +74,7 @@ async def _echoed(service: Service, wanted: CompletionRequest, prompts: Sequence
         text = prompt if isinstance(prompt, str) else service.tokenizer.decode(ids, skip_special_tokens=True)
         scored: list[Scored | Unscored] = []
         if wanted.settings.logprobs is not None:
-            if service.score is None:
-                raise RequestError("log probabilities of a prompt are not supported by this server", "echo")
-            scored = [Unscored(ids[0]), *await run_in_threadpool(service.score, ids, wanted.settings.logprobs)]
+            scored = [Unscored(ids[0]), *await service.scored(ids, wanted.settings.logprobs)]
         for sample in range(wanted.settings.choices):
             deltas.append(Delta(index * wanted.settings.choices + sample, text, logprobs=scored))
     return deltas

@@ -1,7 +1,6 @@
 """Log probabilities of a prompt's own tokens, which its echo reports: the model's plain forward pass."""
 
 import math
-import threading
 from collections.abc import Sequence
 from functools import partial
 
@@ -22,17 +21,13 @@ MOST_TOP = (1, 5, 20)
 
 
 class Scorer:
-    """Called with token ids and a number of alternatives: every token but the first, which follows nothing.
-
-    One call at a time, from any thread; the others wait.
-    """
+    """Called with token ids and a number of alternatives: every token but the first, which follows nothing."""
 
     def __init__(self, model: Transformer):
         self._config = model.model
         # As leaves, because flattening modules at every call is slow.
         self._leaves, structure = jax.tree.flatten(model)
         self._scores = jax.jit(partial(_scores, structure), static_argnames="top")
-        self._lock = threading.Lock()
 
     def __call__(self, token_ids: Sequence[int], top: int) -> list[Scored]:
         """At most `model.maximum_positions` tokens, and 20 alternatives to each."""
@@ -40,9 +35,8 @@ class Scorer:
         tokens_S = np.zeros(bucket, np.int32)
         tokens_S[: len(token_ids)] = token_ids
         compiled_top = next(most for most in MOST_TOP if top <= most)
-        with self._lock:
-            scores = self._scores(self._leaves, jnp.asarray(tokens_S), top=compiled_top)
-            chosen_S, ids_SK, logprobs_SK = (np.asarray(part)[: len(token_ids) - 1].tolist() for part in scores)
+        scores = self._scores(self._leaves, jnp.asarray(tokens_S), top=compiled_top)
+        chosen_S, ids_SK, logprobs_SK = (np.asarray(part)[: len(token_ids) - 1].tolist() for part in scores)
         return [
             Scored(token, chosen, list(zip(ids_K[:top], logprobs_K[:top], strict=True)))
             for token, chosen, ids_K, logprobs_K in zip(token_ids[1:], chosen_S, ids_SK, logprobs_SK, strict=True)

@@ -1,10 +1,12 @@
 """What all routes share: the engine, the tokenizer, the limits, and the requests that run."""
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from starlette.concurrency import run_in_threadpool
 from tokenizers import Tokenizer
 
 from dsv3_jax.inference.chat import ChatTemplate
@@ -49,8 +51,9 @@ class Service:
     """Tokens that end a text."""
     chat: ChatTemplate | None = None
     score: Callable[[Sequence[int], int], list[Scored]] | None = None
-    """Log probabilities of all tokens but the first, each with so many alternatives."""
-    api_key: str | None = None
+    """Log probabilities of all tokens but the first, each with so many alternatives. Called once at a time."""
+    api_keys: tuple[str, ...] = ()
+    """One of them has to come with a request; none: anybody may."""
     special_texts: dict[str, str] = field(default_factory=dict)
     """bos_token, eos_token and pad_token, those that there are."""
     most_bytes: int = MOST_BYTES
@@ -61,8 +64,17 @@ class Service:
 
     def __post_init__(self) -> None:
         self.created = int(time.time())
+        self._scoring = asyncio.Lock()
         self.texts = TokenTexts(self.tokenizer)
         self.metrics = Metrics(self.engine.statistics)
+
+    async def scored(self, prompt: Sequence[int], top: int) -> list[Scored]:
+        """Raises RequestError where prompts cannot be scored."""
+        if self.score is None:
+            raise RequestError("log probabilities of a prompt are not supported by this server", "echo")
+        # Whoever waits does so here, not in one of the few threads that all requests share.
+        async with self._scoring:
+            return await run_in_threadpool(self.score, prompt, top)
 
     def check_room(self, prompt: Sequence[int], max_tokens: int | None) -> None:
         """Raises RequestError, with the numbers, where a prompt and so many tokens do not fit."""

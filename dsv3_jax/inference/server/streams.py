@@ -29,7 +29,8 @@ class Delta(NamedTuple):
 
 
 class Reply:
-    """The text of one choice out of its tokens: cut at stop strings, and in a chat divided from the reasoning."""
+    """The text of one choice out of its tokens: cut at stop strings, and in a chat divided from the reasoning,
+    in which stop strings end nothing."""
 
     def __init__(
         self,

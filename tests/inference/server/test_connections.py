@@ -22,7 +22,7 @@ def until(condition):
 
 
 def test_the_official_client(address, service, engine):
-    service.api_key = "key"
+    service.api_keys = ("key",)
     client = openai.OpenAI(base_url=f"{address}/v1", api_key="key", max_retries=0)
     assert [model.id for model in client.models.list()] == ["small"]
     made = client.chat.completions.create(model="small", messages=CHAT, logprobs=True, top_logprobs=1, n=2)
