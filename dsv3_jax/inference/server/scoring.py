@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from tokenizers import Tokenizer
 
 from dsv3_jax.inference.generation import prompt_bucket
 from dsv3_jax.inference.sampling import log_probabilities
@@ -21,10 +22,16 @@ MOST_TOP = (1, 5, 20)
 
 
 class Scorer:
-    """Called with token ids and a number of alternatives: every token but the first, which follows nothing."""
+    """Called with token ids and a number of alternatives: every token but the first, which follows nothing.
 
-    def __init__(self, model: Transformer):
+    Among the tokens of the tokenizer, as in generation: other rows of the head are padding.
+    """
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer):
         self._config = model.model
+        known_W = np.zeros(self._config.vocabulary, bool)
+        known_W[[*tokenizer.get_vocab(with_added_tokens=True).values()]] = True
+        self._known_W = jnp.asarray(known_W)
         # As leaves, because flattening modules at every call is slow.
         self._leaves, structure = jax.tree.flatten(model)
         self._scores = jax.jit(partial(_scores, structure), static_argnames="top")
@@ -35,7 +42,7 @@ class Scorer:
         tokens_S = np.zeros(bucket, np.int32)
         tokens_S[: len(token_ids)] = token_ids
         compiled_top = next(most for most in MOST_TOP if top <= most)
-        scores = self._scores(self._leaves, jnp.asarray(tokens_S), top=compiled_top)
+        scores = self._scores(self._leaves, jnp.asarray(tokens_S), self._known_W, top=compiled_top)
         chosen_S, ids_SK, logprobs_SK = (np.asarray(part)[: len(token_ids) - 1].tolist() for part in scores)
         return [
             Scored(token, chosen, list(zip(ids_K[:top], logprobs_K[:top], strict=True)))
@@ -43,7 +50,9 @@ class Scorer:
         ]
 
 
-def _scores(structure: jax.tree_util.PyTreeDef, leaves: list[Array], tokens_S: Array, top: int) -> tuple[Array, ...]:
+def _scores(
+    structure: jax.tree_util.PyTreeDef, leaves: list[Array], tokens_S: Array, known_W: Array, top: int
+) -> tuple[Array, ...]:
     """For each position what `log_probabilities` says about the next token: [S], [S, K], [S, K].
 
     Padding on the right changes nothing before it: attention is causal, and no token is dropped for another.
@@ -55,7 +64,8 @@ def _scores(structure: jax.tree_util.PyTreeDef, leaves: list[Array], tokens_S: A
 
     def of_chunk(part: tuple[Array, Array]) -> tuple[Array, Array, Array]:
         hidden_CD, following_C = part
-        return log_probabilities(model.logits(model.norm(hidden_CD[None]))[0], following_C, top)
+        logits_CW = model.logits(model.norm(hidden_CD[None]))[0]
+        return log_probabilities(jnp.where(known_W, logits_CW, -jnp.inf), following_C, top)
 
     chunks = hidden_1SD.reshape(-1, chunk, width), jnp.roll(tokens_S, -1).reshape(-1, chunk)
     return tuple(part.reshape(length, *part.shape[2:]) for part in jax.lax.map(of_chunk, chunks))

@@ -8,17 +8,19 @@ import pytest
 from dsv3_jax.inference.server import scoring
 from dsv3_jax.inference.server.scoring import Scorer
 
-IDS = np.random.default_rng(0).integers(0, 300, 64).tolist()
+IDS = np.random.default_rng(0).integers(0, 250, 64).tolist()
 
 
 @pytest.fixture(scope="module")
-def scorer(model):
-    return Scorer(model)
+def scorer(model, tokenizer):
+    return Scorer(model, tokenizer)
 
 
 @pytest.fixture(scope="module")
-def logprobs_SW(model):
-    return np.asarray(jax.nn.log_softmax(model(jnp.asarray([IDS]))[0], axis=-1))
+def logprobs_SW(model, tokenizer):
+    known = tokenizer.get_vocab_size()
+    assert max(IDS) < known < model.model.vocabulary  # what lies beyond is padding
+    return np.asarray(jax.nn.log_softmax(model(jnp.asarray([IDS]))[0, :, :known], axis=-1))
 
 
 @pytest.mark.parametrize(("length", "top"), [(1, 1), (2, 1), (16, 1), (9, 0), (9, 3), (64, 1)])
