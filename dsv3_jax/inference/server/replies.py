@@ -4,7 +4,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Protocol
 
 from starlette.requests import Request
@@ -49,9 +49,10 @@ class Envelope:
         self._id, self._created = f"{shape.prefix}-{uuid.uuid4().hex}", int(time.time())
 
     async def whole(self, deltas: AsyncIterator[Delta]) -> dict[str, Any]:
-        complete = [Delta(choice) for choice in range(self._choices)]
+        parts: list[list[Delta]] = [[] for _ in range(self._choices)]
         async for delta in deltas:
-            complete[delta.choice] = joined(complete[delta.choice], delta)
+            parts[delta.choice].append(delta)
+        complete = [joined(choice, of_choice) for choice, of_choice in enumerate(parts)]
         choices = [self._shape.choice(delta) for delta in complete]
         return self._around(self._shape.whole, choices) | {"usage": self._usage(sum(d.tokens for d in complete))}
 
@@ -129,14 +130,15 @@ async def reply(
         at_end()
 
 
-def joined(first: Delta, then: Delta) -> Delta:
+def joined(choice: int, parts: Sequence[Delta]) -> Delta:
+    """All deltas of one choice as one."""
     return Delta(
-        first.choice,
-        first.text + then.text,
-        first.reasoning + then.reasoning,
-        first.logprobs + then.logprobs,
-        first.tokens + then.tokens,
-        then.finish or first.finish,
+        choice,
+        "".join(part.text for part in parts),
+        "".join(part.reasoning for part in parts),
+        [token for part in parts for token in part.logprobs],
+        sum(part.tokens for part in parts),
+        parts[-1].finish if parts else None,
     )
 
 

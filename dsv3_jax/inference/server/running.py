@@ -1,5 +1,7 @@
 """A server that runs: its socket, its threads, and its clean end."""
 
+import asyncio
+import math
 import signal
 import socket
 import threading
@@ -13,7 +15,8 @@ from dsv3_jax.inference.server.app import make_app
 from dsv3_jax.inference.server.service import Service
 
 SECONDS_TO_END = 3
-"""What runs when the server is asked to end has so long for it."""
+"""What runs when the server is asked to end has so long for it; then it is told that the server stops."""
+SECONDS_TO_TELL = 3
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -35,8 +38,8 @@ def bound(host: str, port: int) -> socket.socket:
 
 def run(service: Service, engine: Any, listening: socket.socket) -> None:
     """Serve on a socket that is bound, until SIGINT or SIGTERM or the engine fails."""
-    server = Server(service)
     stop = threading.Event()
+    server = Server(service, stop)
 
     def run_engine() -> None:
         try:
@@ -46,7 +49,8 @@ def run(service: Service, engine: Any, listening: socket.socket) -> None:
             service.fail("the engine has failed; the server's log tells more")
             server.should_exit = True
 
-    worker = threading.Thread(target=run_engine, name="engine")
+    # A daemon: who interrupts a second time does not wait for what it is compiling.
+    worker = threading.Thread(target=run_engine, name="engine", daemon=True)
     # uvicorn raises the signals that it got once more when it has ended: they have done what they should.
     before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
     worker.start()
@@ -54,25 +58,27 @@ def run(service: Service, engine: Any, listening: socket.socket) -> None:
         server.run(sockets=[listening])
     finally:
         stop.set()
-        worker.join()
         for number, handler in before.items():
             signal.signal(number, handler)
+        worker.join()
     if service.failure is not None:
         raise SystemExit(1)
 
 
 class Server(uvicorn.Server):
-    """Says where it listens, once it does."""
+    """Says where it listens, once it does, and at its end sets `stop`, which ends the engine and what waits for it."""
 
-    def __init__(self, service: Service, seconds_to_end: int = SECONDS_TO_END):
-        app = make_app(service)
-        super().__init__(
-            uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=seconds_to_end)
-        )
-        self._name = service.name
+    def __init__(self, service: Service, stop: threading.Event, seconds_to_end: float = SECONDS_TO_END):
+        app, at_most = make_app(service), math.ceil(seconds_to_end) + SECONDS_TO_TELL
+        super().__init__(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=at_most))
+        self._name, self._stop, self._seconds = service.name, stop, seconds_to_end
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         for listening in sockets or []:
             host, port = listening.getsockname()[:2]
             print(f"{self._name} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().call_later(self._seconds, self._stop.set)
+        await super().shutdown(sockets)

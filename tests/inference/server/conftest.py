@@ -26,7 +26,7 @@ class FakeEngine:
         self.tokenizer, self.end = tokenizer, special_tokens(tokenizer).end
         self.answer = [*encode(tokenizer, answer), self.end]
         self.piece, self.error, self.room = 1, None, 1000
-        self.requests, self.cancelled = [], []
+        self.requests, self.cancelled, self.stop = [], [], threading.Event()
         self._changed, self._left, self._running = threading.Condition(), deque(), {}
         self._numbers = itertools.count()
 
@@ -88,11 +88,11 @@ def fake_score(token_ids, top):
 
 @pytest.fixture
 def engine(tokenizer):
-    engine, stop = FakeEngine(tokenizer), threading.Event()
-    worker = threading.Thread(target=engine.run, args=[stop])
+    engine = FakeEngine(tokenizer)
+    worker = threading.Thread(target=engine.run, args=[engine.stop])
     worker.start()
     yield engine
-    stop.set()
+    engine.stop.set()
     worker.join()
 
 
@@ -118,9 +118,13 @@ def client(service):
 
 
 @pytest.fixture
-def address(service, engine):
+def server(service, engine):
+    return Server(service, engine.stop, seconds_to_end=0.2)
+
+
+@pytest.fixture
+def address(server):
     """Of a server that runs in a thread, where there are no signals."""
-    server = Server(service, seconds_to_end=1)
     listening = bound("127.0.0.1", 0)
     worker = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     worker.start()

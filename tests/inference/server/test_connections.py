@@ -89,6 +89,16 @@ def test_what_waits_for_an_engine_that_fails_is_told(address, engine, service):
         assert "the engine has failed" in response.read().decode()
 
 
+def test_what_runs_when_the_server_ends_has_some_time_and_is_told(address, engine, server, caplog):
+    engine.piece = 0
+    with httpx2.stream("POST", f"{address}/v1/completions", json={"prompt": "x", "stream": True}) as response:
+        start = time.monotonic()
+        server.should_exit = True
+        assert "the engine has stopped" in response.read().decode()
+        assert 0.2 < time.monotonic() - start < 3
+    assert not caplog.records
+
+
 def test_an_address_in_use_is_one_line(address):
     port = int(address.rpartition(":")[2])
     with pytest.raises(ArgumentError, match=f"--port={port} cannot be had"):
