@@ -11,11 +11,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+from tokenizers import Tokenizer
 
+from dsv3_jax.data.tokenizer import special_tokens
 from dsv3_jax.inference.penalties import History, penalized
 from dsv3_jax.inference.sampling import SamplingInputs, choose_tokens
 from dsv3_jax.inference.speculation import Drafts, draft_token, verify
+from dsv3_jax.model.cache import NOWHERE, Latents
 from dsv3_jax.model.transformer import Cache, Transformer
 
 LONGEST_CHUNK = 64
@@ -30,6 +34,17 @@ class Vocabulary(NamedTuple):
     end: Array
     """int32, the token that ends a document."""
 
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, words: int) -> "Vocabulary":
+        """Of a model whose head has `words` rows.
+
+        Raises:
+            DataError: the tokenizer has no token that ends a document.
+        """
+        known_W = np.zeros(words, bool)
+        known_W[np.fromiter(tokenizer.get_vocab(with_added_tokens=True).values(), np.int32)] = True
+        return cls(jnp.asarray(known_W), jnp.int32(special_tokens(tokenizer).end))
+
 
 class Rows(NamedTuple):
     """The state of a batch between two tokens. A row whose token is the end token has ended."""
@@ -39,7 +54,7 @@ class Rows(NamedTuple):
     """int32, the newest token of each row, not in the cache yet."""
     positions_B: Array
     """int32, its position."""
-    draft_cache: Array | None
+    draft_cache: Latents | None
     drafts: Drafts | None
     """Of the positions after it; both None without speculation."""
     history: History | None
@@ -82,7 +97,7 @@ def _prefill(
     batch = tokens_BS.shape[0]
     hidden_BSD, cache = model.prefill(tokens_BS, model.empty_cache(batch, cache_length))
     last_B11 = (lengths_B - 1)[:, None, None]
-    logits_B1W = _logits(model, model.norm(jnp.take_along_axis(hidden_BSD, last_B11, axis=1)), vocabulary)
+    logits_B1W = known_logits(model, model.norm(jnp.take_along_axis(hidden_BSD, last_B11, axis=1)), vocabulary)
     tokens_B = choose_tokens(penalized(logits_B1W[:, 0], inputs, history), inputs, lengths_B)
     rows = Rows(cache, tokens_B, lengths_B, None, None, _with_tokens(history, tokens_B))
     if not drafts:
@@ -91,7 +106,7 @@ def _prefill(
     empty = model.empty_draft_cache(batch, cache_length)
     state_BSD, draft_cache = model.draft_prefill(model.drafting_state(hidden_BSD), following_BS, empty)
     state_B1D = jnp.take_along_axis(state_BSD, last_B11, axis=1)
-    return _with_drafts(model, rows, drafts, state_B1D, draft_cache, inputs, vocabulary)
+    return with_drafts(model, rows, drafts, state_B1D, draft_cache, inputs, vocabulary)
 
 
 def _decode_chunk(
@@ -106,7 +121,7 @@ def _decode_chunk(
     def one_pass(carry: tuple[Rows, Made]) -> tuple[Rows, Made]:
         rows, made = carry
         going_B = rows.tokens_B != vocabulary.end
-        new_Bn, accepted_B, rows = _next_tokens(model, drafts, rows, inputs, vocabulary)
+        new_Bn, accepted_B, _, rows = next_tokens(model, drafts, rows, inputs, vocabulary)
         # Up to the end token, if a draft is one.
         place_n = jnp.arange(drafts + 1)
         before_Bn = jnp.cumsum(new_Bn == vocabulary.end, axis=1) - (new_Bn == vocabulary.end)
@@ -134,26 +149,27 @@ def _decode_chunk(
     return jax.lax.while_loop(goes_on, one_pass, (rows, empty))
 
 
-def _next_tokens(
+def next_tokens(
     model: Transformer, drafts: int, rows: Rows, inputs: SamplingInputs, vocabulary: Vocabulary
-) -> tuple[Array, Array, Rows]:
+) -> tuple[Array, Array, Array, Rows]:
     """One pass of the model over the newest token and its drafts.
 
     Returns the next tokens, int32 [B, n], of which the drafts that stay and one more count; how many stay, int32 [B];
-    and the rows with caches and drafts of what comes after, their newest token still the one before.
+    the model's own logits for each, float32 [B, n, W]; and the rows with caches and drafts of what comes after, their
+    newest token still the one before.
     """
     at_B1 = rows.positions_B[:, None]
     if rows.drafts is None or rows.draft_cache is None:
         hidden_B1D, cache = model.decode(rows.tokens_B[:, None], rows.cache, at_B1)
-        logits_B1W = _logits(model, model.norm(hidden_B1D), vocabulary)
+        logits_B1W = known_logits(model, model.norm(hidden_B1D), vocabulary)
         logits_BW = penalized(logits_B1W[:, 0], inputs, rows.history)
         next_B = choose_tokens(logits_BW, inputs, rows.positions_B + 1)
         rows = rows._replace(cache=cache, history=_with_tokens(rows.history, next_B))
-        return next_B[:, None], jnp.zeros_like(next_B), rows
+        return next_B[:, None], jnp.zeros_like(next_B), logits_B1W, rows
     positions_Bn = at_B1 + jnp.arange(drafts + 1)
     tokens_Bn = jnp.concatenate([rows.tokens_B[:, None], rows.drafts.tokens_Bk], axis=1)
     hidden_BnD, cache = model.decode(tokens_Bn, rows.cache, positions_Bn)
-    logits_BnW = _logits(model, model.norm(hidden_BnD), vocabulary)
+    own_BnW = logits_BnW = known_logits(model, model.norm(hidden_BnD), vocabulary)
     if rows.history is not None:
         # Each position has heard of the drafts before it.
         heard: list[History | None] = [rows.history]
@@ -168,23 +184,23 @@ def _next_tokens(
     new_Bn = jnp.where(jnp.arange(drafts + 1) == accepted_B1, next_B[:, None], new_Bn)
     # The MTP module sees what the model has made of the tokens that stay; the other entries are not written.
     stays_Bn = jnp.arange(drafts + 1) <= accepted_B1
-    written_Bn = jnp.where(stays_Bn, positions_Bn, rows.draft_cache.shape[1])
+    written_Bn = jnp.where(stays_Bn, positions_Bn, NOWHERE)
     state_BnD, draft_cache = model.draft(model.drafting_state(hidden_BnD), new_Bn, rows.draft_cache, written_Bn)
     state_B1D = jnp.take_along_axis(state_BnD, accepted_B1[..., None], axis=1)
     history = rows.history
     for place in range(drafts + 1):
         history = _with_tokens(history, new_Bn[:, place], stays_Bn[:, place])
     after = Rows(cache, next_B, rows.positions_B + accepted_B + 1, None, None, history)
-    after = _with_drafts(model, after, drafts, state_B1D, draft_cache, inputs, vocabulary)
-    return new_Bn, accepted_B, after._replace(tokens_B=rows.tokens_B, positions_B=rows.positions_B)
+    after = with_drafts(model, after, drafts, state_B1D, draft_cache, inputs, vocabulary)
+    return new_Bn, accepted_B, own_BnW, after._replace(tokens_B=rows.tokens_B, positions_B=rows.positions_B)
 
 
-def _with_drafts(
+def with_drafts(
     model: Transformer,
     rows: Rows,
     drafts: int,
     state_B1D: Array,
-    draft_cache: Array,
+    draft_cache: Latents,
     inputs: SamplingInputs,
     vocabulary: Vocabulary,
 ) -> Rows:
@@ -196,7 +212,7 @@ def _with_drafts(
         position_B = rows.positions_B + place
         if place:
             state_B1D, draft_cache = model.draft(state_B1D, tokens[-1][:, None], draft_cache, position_B[:, None] - 1)
-        logits_B1W = _logits(model, state_B1D, vocabulary)
+        logits_B1W = known_logits(model, state_B1D, vocabulary)
         logits_BW = penalized(logits_B1W[:, 0], inputs, history)
         token_B, probability_BW = draft_token(logits_BW, inputs, position_B + 1)
         history = _with_tokens(history, token_B)
@@ -213,6 +229,6 @@ def _with_tokens(history: History | None, tokens_B: Array, counted_B: Array | No
     return history.with_tokens(tokens_B, jnp.ones(tokens_B.shape, bool) if counted_B is None else counted_B)
 
 
-def _logits(model: Transformer, normed_BSD: Array, vocabulary: Vocabulary) -> Array:
+def known_logits(model: Transformer, normed_BSD: Array, vocabulary: Vocabulary) -> Array:
     """Logits of the ids that the tokenizer has; the others are -inf."""
     return jnp.where(vocabulary.known_W, model.logits(normed_BSD), -jnp.inf)

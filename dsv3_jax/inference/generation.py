@@ -20,12 +20,11 @@ from jax import Array
 from tokenizers import Tokenizer
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.data.tokenizer import special_tokens
 from dsv3_jax.errors import UserError
 from dsv3_jax.inference.decoding import LONGEST_CHUNK, Made, Rows, Vocabulary, compiled
 from dsv3_jax.inference.penalties import History
 from dsv3_jax.inference.sampling import Sampling, SamplingInputs
-from dsv3_jax.inference.weights import unstacked, with_inference_types
+from dsv3_jax.inference.weights import ready_to_decode
 from dsv3_jax.model.transformer import Transformer
 
 # Tokens a call: more and more of them, so that the call's own time is lost among theirs, as long as text still flows.
@@ -66,16 +65,12 @@ class Generator:
                 f"speculative={drafts} must be at least 0, and 0 for a model without MTP module "
                 f"(model.mtp_depth={model.model.mtp_depth})"
             )
-        # Cast and unstacked once here, not at every token; as leaves, because flattening modules at every call is slow.
-        model = unstacked(with_inference_types(_cast, model, model.model.precision))
-        self._leaves, structure = jax.tree.flatten(model)
+        # As leaves, because flattening modules at every call is slow.
+        self._leaves, structure = jax.tree.flatten(ready_to_decode(model))
         self._prefill, self._decode_chunk = compiled(structure, drafts)
         self._config, self._drafts = model.model, drafts
-        ids = np.fromiter(tokenizer.get_vocab(with_added_tokens=True).values(), np.int32)
-        known_W = np.zeros(self._config.vocabulary, bool)
-        known_W[ids] = True
-        self._end = special_tokens(tokenizer).end
-        self._vocabulary = Vocabulary(jnp.asarray(known_W), jnp.int32(self._end))
+        self._vocabulary = Vocabulary.of(tokenizer, self._config.vocabulary)
+        self._end = int(self._vocabulary.end)
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_new_tokens: int) -> Iterator[Chunk]:
         """Continue all prompts together, each until the end token or `max_new_tokens`.
@@ -163,7 +158,3 @@ def _padded(prompts: Sequence[Sequence[int]], length: int) -> tuple[Array, Array
 
 def _bucket(length: int, least: int, config: ModelConfig) -> int:
     return min(max(least, 1 << (length - 1).bit_length()), config.maximum_positions)
-
-
-def _cast(array: Array, dtype: jnp.dtype) -> Array:
-    return array if array.dtype == dtype else array.astype(dtype)

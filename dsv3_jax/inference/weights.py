@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 
 from dsv3_jax.model.layers import unstack
 from dsv3_jax.model.transformer import Transformer
@@ -25,6 +26,15 @@ def with_inference_types(change: Callable[[Any, jnp.dtype], Any], tree: Any, pre
         return change(leaf, jnp.dtype(jnp.float32 if KEPT_FLOAT32.intersection(names) else precision))
 
     return jax.tree_util.tree_map_with_path(change_one, tree)
+
+
+def ready_to_decode(model: Transformer) -> Transformer:
+    """The model cast and unstacked once, instead of at every token."""
+
+    def cast(array: Array, dtype: jnp.dtype) -> Array:
+        return array if array.dtype == dtype else array.astype(dtype)
+
+    return unstacked(with_inference_types(cast, model, model.model.precision))
 
 
 def unstacked(model: Transformer) -> Transformer:

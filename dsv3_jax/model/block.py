@@ -6,6 +6,7 @@ from jax import Array
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.attention import MultiHeadLatentAttention
+from dsv3_jax.model.cache import Latents, read, write
 from dsv3_jax.model.layers import FeedForward, RMSNorm, kept
 from dsv3_jax.model.moe import MixtureOfExperts, RouterStatistics
 from dsv3_jax.model.rope import Rotation
@@ -35,18 +36,16 @@ class Block(nnx.Module):
         x_BSD, statistics = self._feed(kept(x_BSD + attended_BSD, "attended"), valid_BS)
         return x_BSD, latent_BSX, statistics
 
-    def decode(self, x_BSD: Array, by: Rotation, cache_BTX: Array, positions_BS: Array) -> tuple[Array, Array]:
+    def decode(self, x_BSD: Array, by: Rotation, cache: Latents, positions_BS: Array) -> tuple[Array, Latents]:
         """New tokens against this block's cache.
 
         Returns the residual stream and the cache with the new tokens' latents written at their positions.
         """
         normed_BSD = self.attention_norm(x_BSD)
-        rows = jnp.arange(x_BSD.shape[0])[:, None]
-        latent_BSX = self.attention.latent(normed_BSD, by).astype(cache_BTX.dtype)
-        cache_BTX = cache_BTX.at[rows, positions_BS].set(latent_BSX, mode="drop")
-        attended_BSD = self.attention.decode(normed_BSD, by, cache_BTX, positions_BS)
+        cache = write(cache, self.attention.latent(normed_BSD, by), positions_BS)
+        attended_BSD = self.attention.decode(normed_BSD, by, read(cache, positions_BS), positions_BS)
         x_BSD, _ = self._feed(x_BSD + attended_BSD, jnp.ones(x_BSD.shape[:2], bool))
-        return x_BSD, cache_BTX
+        return x_BSD, cache
 
     def _feed(self, x_BSD: Array, valid_BS: Array) -> tuple[Array, RouterStatistics | None]:
         normed_BSD = self.feed_forward_norm(x_BSD)

@@ -7,6 +7,7 @@ from jax import Array
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.block import Block
+from dsv3_jax.model.cache import Latents
 from dsv3_jax.model.layers import RMSNorm, contract, kept, parameter, recomputed, whole
 from dsv3_jax.model.moe import RouterStatistics
 from dsv3_jax.model.rope import Rotation
@@ -59,11 +60,11 @@ class MultiTokenPrediction(nnx.Module):
         return self.norm(x_BSD), cache_BTX
 
     def decode(
-        self, hidden_BSD: Array, embedded_BSD: Array, by: Rotation, cache_BTX: Array, positions_BS: Array
-    ) -> tuple[Array, Array]:
+        self, hidden_BSD: Array, embedded_BSD: Array, by: Rotation, cache: Latents, positions_BS: Array
+    ) -> tuple[Array, Latents]:
         """As a call on new positions, against this module's own cache. Returns the states and the cache with them."""
-        x_BSD, cache_BTX = self.block.decode(self.combine(hidden_BSD, embedded_BSD), by, cache_BTX, positions_BS)
-        return self.norm(x_BSD), cache_BTX
+        x_BSD, cache = self.block.decode(self.combine(hidden_BSD, embedded_BSD), by, cache, positions_BS)
+        return self.norm(x_BSD), cache
 
     def combine(self, hidden_BSD: Array, embedded_BSD: Array) -> Array:
         """Project [normed embedding ; normed hidden state].

@@ -21,6 +21,7 @@ from jax import Array
 
 from dsv3_jax.config import ModelConfig, check_model
 from dsv3_jax.model.block import Block
+from dsv3_jax.model.cache import Latents, PagedLatents
 from dsv3_jax.model.layers import RMSNorm, RouterBias, contract, parameter, scan_stack, stack, whole
 from dsv3_jax.model.moe import MixtureOfExperts, RouterStatistics
 from dsv3_jax.model.mtp import MultiTokenPrediction
@@ -30,8 +31,8 @@ from sharding.context import CONTEXT_AXES, context_part
 from sharding.rules import TENSOR_AXES, mesh_axes
 
 # [L, B, T, C + R] of every stack of blocks; of an unstacked one a list of [B, T, C + R]: a layer that is cut out of an
-# array of all is copied, which with few rows takes longer than what is done with it.
-Cache = list[Array | list[Array]]
+# array of all is copied, which with few rows takes longer than what is done with it. Those may be paged (cache.py).
+Cache = list[Array | list[Array] | list[PagedLatents]]
 
 
 class Transformer(nnx.Module):
@@ -132,8 +133,8 @@ class Transformer(nnx.Module):
         """
         by = rotation(self.model, positions_BS)
 
-        def body(block: Block, x_BSD: Array, cache_BTX: Array):
-            return block.decode(x_BSD, by, cache_BTX, positions_BS)
+        def body(block: Block, x_BSD: Array, cache: Latents):
+            return block.decode(x_BSD, by, cache, positions_BS)
 
         return self._scan_with_cache(body, self.embed(tokens_BS), cache)
 
@@ -153,15 +154,15 @@ class Transformer(nnx.Module):
         return self.mtp[0].prefill(state_BSD, self.embed(following_BS), by, cache_BTX)
 
     def draft(
-        self, state_BSD: Array, following_BS: Array, cache_BTX: Array, positions_BS: Array
-    ) -> tuple[Array, Array]:
+        self, state_BSD: Array, following_BS: Array, cache: Latents, positions_BS: Array
+    ) -> tuple[Array, Latents]:
         """The same at new positions. Returns the states and the cache with them in it.
 
         From state i and token i + 1 it predicts token i + 2. Its own state i, and that token, stand in for the model's
         state i + 1 to predict one more. A position outside the cache is not written.
         """
         by = rotation(self.model, positions_BS)
-        return self.mtp[0].decode(state_BSD, self.embed(following_BS), by, cache_BTX, positions_BS)
+        return self.mtp[0].decode(state_BSD, self.embed(following_BS), by, cache, positions_BS)
 
     def empty_draft_cache(self, batch: int, length: int) -> Array:
         """As `empty_cache`, of the first MTP module: [B, T, C + R]."""

@@ -1,0 +1,141 @@
+"""The engine's device: requests and their pages in, tokens out; in between arrays of few shapes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from tokenizers import Tokenizer
+
+from dsv3_jax.inference.decoding import LONGEST_CHUNK, Vocabulary
+from dsv3_jax.inference.engine_slots import Asked, Decoded, Logprobs, Piece, empty_slots
+from dsv3_jax.inference.engine_steps import compiled_steps
+from dsv3_jax.inference.requests import Request, Ticket, TokenLogprobs
+from dsv3_jax.inference.sampling import SamplingInputs
+from dsv3_jax.inference.weights import ready_to_decode
+from dsv3_jax.model.transformer import Transformer
+
+LEAST_TABLE = 4
+SHORTEST_PIECE = 16
+
+# The new tokens of a request, and their log probabilities if it asked for them.
+New = tuple[list[int], list[TokenLogprobs] | None]
+
+
+class Device:
+    """The slots of one engine. A failed step leaves them unusable."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        *,
+        slots: int,
+        drafts: int,
+        pages: int,
+        page_size: int,
+        prefill_chunk: int,
+    ):
+        config = model.model
+        # As leaves, because flattening modules at every call is slow.
+        self._leaves, structure = jax.tree.flatten(ready_to_decode(model))
+        self._prefill, self._decode = compiled_steps(structure, drafts)
+        self._vocabulary = Vocabulary.of(tokenizer, config.vocabulary)
+        self.end = int(self._vocabulary.end)
+        self._slots = empty_slots(config, slots, drafts, pages, page_size)
+        self._inputs: list[tuple[SamplingInputs, Array, Array] | None] = [None] * slots
+        self._words, self._drafts, self._pages, self._page_size = config.vocabulary, drafts, pages, page_size
+        self._longest_table = -(-config.maximum_positions // page_size)
+        self._piece_lengths = [prefill_chunk]
+        while self._piece_lengths[0] // 4 >= SHORTEST_PIECE:
+            self._piece_lengths.insert(0, self._piece_lengths[0] // 4)
+
+    def ends(self, request: Request) -> frozenset[int]:
+        return request.stop_ids | {self.end}
+
+    def admit(self, ticket: Ticket) -> None:
+        """The ticket has its slot."""
+        request = ticket.request
+        prompt_W, ends_W = np.zeros((2, self._words), bool)
+        prompt_W[request.token_ids] = True
+        ends_W[[token for token in self.ends(request) if token < self._words]] = True
+        inputs = SamplingInputs.of([request.sampling], [request.sample_index])
+        self._inputs[ticket.row] = inputs, jnp.asarray(prompt_W), jnp.asarray(ends_W)
+
+    def prefill(self, ticket: Ticket) -> New:
+        """The next piece of the ticket's prompt into its pages; after the last piece the first new token."""
+        of_slot = self._inputs[ticket.row]
+        assert of_slot is not None
+        request, start = ticket.request, ticket.prefilled
+        tokens, wants_logprobs = request.token_ids, request.logprobs is not None
+        count = min(len(tokens) - start, self._piece_lengths[-1])
+        length = next(length for length in self._piece_lengths if length >= count)
+        piece_s = np.zeros(length + 1, np.int32)  # and the token that follows
+        known = tokens[start : start + count + 1]
+        piece_s[: len(known)] = known
+        is_last = start + count == len(tokens)
+        piece = Piece(
+            jnp.int32(ticket.row),
+            jnp.asarray(piece_s[:-1]),
+            jnp.asarray(piece_s[1:]),
+            jnp.int32(start),
+            jnp.int32(count),
+            jnp.bool_(is_last),
+            jnp.asarray(self._table([ticket], start + count + self._drafts)[0]),
+            *of_slot,
+            jnp.bool_(is_last and wants_logprobs),
+        )
+        self._slots, token, logprobs = self._prefill(self._leaves, self._slots, piece, self._vocabulary)
+        ticket.prefilled += count
+        if not is_last:
+            return [], None  # nobody waits for the device
+        logprobs = jax.tree.map(lambda array: np.asarray(array)[None], logprobs)
+        return [int(token)], told(logprobs, 1, request.logprobs)
+
+    def decode(self, tickets: list[Ticket], steps: int, until_one_ends: bool) -> tuple[list[New], Decoded]:
+        """At most `steps` passes over these tickets' slots. Returns the new tokens of each, and all the numbers."""
+        slots = [ticket.row for ticket in tickets]
+        left_B = np.zeros(len(self._inputs), np.int32)
+        left_B[slots] = [ticket.left for ticket in tickets]
+        steps = min(steps, LONGEST_CHUNK, int(left_B.max()))
+        # Drafts go beyond the newest token.
+        newest = max(len(ticket.request.token_ids) + len(ticket.generated) for ticket in tickets)
+        table_BG = self._table(tickets, newest + steps * (self._drafts + 1) + self._drafts)
+        by_slot_BG = np.full((len(left_B), table_BG.shape[1]), self._pages, np.int32)
+        by_slot_BG[slots] = table_BG
+        wants_logprobs = any(ticket.request.logprobs is not None for ticket in tickets)
+        asked = Asked(
+            jnp.asarray(left_B),
+            jnp.asarray(by_slot_BG),
+            jnp.int32(steps),
+            jnp.bool_(until_one_ends),
+            jnp.bool_(wants_logprobs),
+        )
+        self._slots, decoded = self._decode(self._leaves, self._slots, asked, self._vocabulary)
+        decoded = jax.device_get(decoded)
+        new: list[New] = []
+        for ticket, slot in zip(tickets, slots, strict=True):
+            count = int(decoded.count_B[slot])
+            of_slot = jax.tree.map(lambda array, slot=slot: array[slot], decoded.logprobs_BC)
+            new.append((decoded.tokens_BC[slot, :count].tolist(), told(of_slot, count, ticket.request.logprobs)))
+        return new, decoded
+
+    def _table(self, tickets: list[Ticket], positions: int) -> np.ndarray:
+        """The pages of the tickets' first `positions` and perhaps more, int32 [tickets, G]; G takes few values."""
+        longest = min(-(-positions // self._page_size), max(len(ticket.pages) for ticket in tickets))
+        length = min(max(LEAST_TABLE, 1 << (longest - 1).bit_length()), self._longest_table)
+        table = np.full((len(tickets), length), self._pages, np.int32)
+        for row, ticket in zip(table, tickets, strict=True):
+            pages = ticket.pages[:length]
+            row[: len(pages)] = pages
+        return table
+
+
+def told(logprobs: Logprobs, count: int, top: int | None) -> list[TokenLogprobs] | None:
+    """The first `count` of a slot's arrays as a client gets them, with `top` alternatives."""
+    if top is None:
+        return None
+    chosen, ids, tops = (array[:count].tolist() for array in logprobs)
+    return [
+        TokenLogprobs(logprob, list(zip(ids_K[:top], top_K[:top], strict=True)))
+        for logprob, ids_K, top_K in zip(chosen, ids, tops, strict=True)
+    ]
