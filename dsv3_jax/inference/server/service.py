@@ -10,7 +10,7 @@ from starlette.concurrency import run_in_threadpool
 from tokenizers import Tokenizer
 
 from dsv3_jax.inference.chat import ChatTemplate
-from dsv3_jax.inference.server.engine_types import Request
+from dsv3_jax.inference.requests import Request
 from dsv3_jax.inference.server.errors import STOPPING, RequestError
 from dsv3_jax.inference.server.metrics import Metrics
 from dsv3_jax.inference.server.protocol import Settings

@@ -8,7 +8,7 @@ from starlette.concurrency import run_in_threadpool
 from tokenizers import Tokenizer
 
 from dsv3_jax.inference.reasoning import ReasoningStream, Split, opens_thinking
-from dsv3_jax.inference.server.engine_types import EngineBusy, EngineError, Event, Request
+from dsv3_jax.inference.requests import EngineBusy, EngineError, Event, Request
 from dsv3_jax.inference.server.errors import BUSY, FAILED, STOPPING, RequestError
 from dsv3_jax.inference.server.token_texts import Scored, Unscored
 from dsv3_jax.inference.stopping import StopWatch

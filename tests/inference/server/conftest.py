@@ -10,8 +10,8 @@ from starlette.testclient import TestClient
 
 from dsv3_jax.data.tokenizer import encode, special_tokens
 from dsv3_jax.inference.chat import chat_template
+from dsv3_jax.inference.requests import EngineBusy, EngineError, Event, Statistics, TokenLogprobs
 from dsv3_jax.inference.server.app import make_app
-from dsv3_jax.inference.server.engine_types import EngineBusy, EngineError, Event, Statistics, TokenLogprobs
 from dsv3_jax.inference.server.running import Server, bound
 from dsv3_jax.inference.server.service import Service
 from dsv3_jax.inference.server.token_texts import Scored
