@@ -9,6 +9,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from dsv3_jax.inference.requests import Statistics
+
 PREFIX = "dsv3_jax"
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 DISCONNECTED = 499
@@ -17,7 +19,7 @@ DISCONNECTED = 499
 class Metrics:
     """Counters of one server, and of its engine as they stand when they are asked for."""
 
-    def __init__(self, statistics: Callable[[], Any]):
+    def __init__(self, statistics: Callable[[], Statistics]):
         self._registry = CollectorRegistry()
         self.requests = Counter(f"{PREFIX}_requests", "Requests answered", ("route", "status"), registry=self._registry)
         self.seconds = Histogram(
@@ -67,7 +69,7 @@ class CountingRequests:
 
 
 class _EngineCollector(Collector):
-    def __init__(self, statistics: Callable[[], Any]):
+    def __init__(self, statistics: Callable[[], Statistics]):
         self._statistics = statistics
 
     def collect(self) -> Iterator[Any]:
@@ -98,11 +100,11 @@ class _EngineCollector(Collector):
         yield share
 
 
-def tokens_per_pass(statistics: Any) -> float:
+def tokens_per_pass(statistics: Statistics) -> float:
     """A pass brings one token and the drafts that stay. 1 before the first pass."""
     return 1 + sum(statistics.accepted) / max(statistics.passes, 1)
 
 
-def acceptance(statistics: Any) -> list[float]:
+def acceptance(statistics: Statistics) -> list[float]:
     """Share of the passes in which draft 1, 2, ... stayed."""
     return [count / max(statistics.passes, 1) for count in statistics.accepted]

@@ -9,12 +9,12 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+from dsv3_jax.inference.requests import MOST_LOGPROBS
 from dsv3_jax.inference.sampling import Sampling, SamplingError
 from dsv3_jax.inference.server.errors import NOT_FOUND, RequestError
 from dsv3_jax.inference.server.fields import Fields, shown
 
 MOST_TOKENS = 2**31 - 1
-MOST_LOGPROBS = 20
 MOST_CHOICES = 128  # of one prompt
 MOST_PROMPTS = 1024
 MOST_STOPS = 64

@@ -6,11 +6,11 @@ import signal
 import socket
 import threading
 import traceback
-from typing import Any
 
 import uvicorn
 
 from dsv3_jax.errors import ArgumentError
+from dsv3_jax.inference.engine import Engine
 from dsv3_jax.inference.server.app import make_app
 from dsv3_jax.inference.server.service import Service
 
@@ -36,7 +36,7 @@ def bound(host: str, port: int) -> socket.socket:
     return listening
 
 
-def run(service: Service, engine: Any, listening: socket.socket) -> None:
+def run(service: Service, engine: Engine, listening: socket.socket) -> None:
     """Serve on a socket that is bound, until SIGINT or SIGTERM or the engine fails."""
     stop = threading.Event()
     server = Server(service, stop)

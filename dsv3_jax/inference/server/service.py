@@ -4,12 +4,12 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 from tokenizers import Tokenizer
 
 from dsv3_jax.inference.chat import ChatTemplate
+from dsv3_jax.inference.engine import Engine
 from dsv3_jax.inference.requests import Request
 from dsv3_jax.inference.server.errors import STOPPING, RequestError
 from dsv3_jax.inference.server.metrics import Metrics
@@ -41,7 +41,7 @@ class Prepared:
 class Service:
     """One model, served."""
 
-    engine: Any
+    engine: Engine
     tokenizer: Tokenizer
     name: str
     """Of the model."""

@@ -14,6 +14,7 @@ from dsv3_jax.inference.server.protocol import MOST_PROMPTS
 from dsv3_jax.inference.server.running import bound, run
 from dsv3_jax.inference.server.scoring import Scorer
 from dsv3_jax.inference.server.service import Service
+from dsv3_jax.inference.weights import ready_to_decode
 from dsv3_jax.loading import load_opened
 from dsv3_jax.runtime import use_one_thread
 from dsv3_jax.training.progress import note
@@ -42,6 +43,7 @@ def load_service(arguments: InferArguments) -> tuple[Service, Engine]:
     model, config, tokenizer = load_opened(opened)
     if tokenizer is None:
         raise DataError(f"{opened.path} has no tokenizer.json: text cannot be read or written without one")
+    model = ready_to_decode(model)  # here already, so that the engine and the scores share its arrays
     engine = Engine(
         model,
         tokenizer,

@@ -1,14 +1,15 @@
 """The engine's events, which come from its thread, as texts in the server's loop."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Literal, NamedTuple
 
 from starlette.concurrency import run_in_threadpool
 from tokenizers import Tokenizer
 
+from dsv3_jax.inference.engine import Engine
 from dsv3_jax.inference.reasoning import ReasoningStream, Split, opens_thinking
-from dsv3_jax.inference.requests import EngineBusy, EngineError, Event, Request
+from dsv3_jax.inference.requests import EngineBusy, EngineError, Event, Request, Ticket
 from dsv3_jax.inference.server.errors import BUSY, FAILED, STOPPING, RequestError
 from dsv3_jax.inference.server.token_texts import Scored, Unscored
 from dsv3_jax.inference.stopping import StopWatch
@@ -75,10 +76,10 @@ class Reply:
 class Generation:
     """All choices of one request, from the engine's queue to their last deltas."""
 
-    def __init__(self, engine: Any, replies: Sequence[Reply]):
+    def __init__(self, engine: Engine, replies: Sequence[Reply]):
         """To be made in the server's loop."""
         self._engine, self._replies = engine, replies
-        self._tickets: dict[int, Any] = {}
+        self._tickets: dict[int, Ticket] = {}
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
 
@@ -102,7 +103,7 @@ class Generation:
             self.cancel()
             raise RequestError(str(error), code="context_length_exceeded") from error
 
-    def _receiver(self, choice: int) -> Any:
+    def _receiver(self, choice: int) -> Callable[[Event], None]:
         def receive(event: Event) -> None:
             try:
                 self._loop.call_soon_threadsafe(self._events.put_nowait, (choice, event))

@@ -7,13 +7,14 @@ import pytest
 
 from dsv3_jax.inference.server import scoring
 from dsv3_jax.inference.server.scoring import Scorer
+from dsv3_jax.inference.weights import ready_to_decode
 
 IDS = np.random.default_rng(0).integers(0, 250, 64).tolist()
 
 
 @pytest.fixture(scope="module")
 def scorer(model, tokenizer):
-    return Scorer(model, tokenizer)
+    return Scorer(ready_to_decode(model), tokenizer)
 
 
 @pytest.fixture(scope="module")
