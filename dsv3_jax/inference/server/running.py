@@ -51,8 +51,9 @@ def run(service: Service, engine: Engine, listening: socket.socket) -> None:
 
     # A daemon: who interrupts a second time does not wait for what it is compiling.
     worker = threading.Thread(target=run_engine, name="engine", daemon=True)
-    # uvicorn raises the signals that it got once more when it has ended: they have done what they should.
-    before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+    # uvicorn has handlers of its own while it runs, and raises what they got once more when it has ended: so nothing
+    # that comes before them is lost, and nothing that comes after ends the program with an error.
+    before = {number: signal.signal(number, server.handle_exit) for number in SIGNALS}
     worker.start()
     try:
         server.run(sockets=[listening])

@@ -1,15 +1,18 @@
 """A real server on a real port: the official client, many requests at once, clients that leave, and the end."""
 
 import asyncio
+import os
+import signal
 import socket
 import time
+from types import SimpleNamespace
 
 import httpx2
 import openai
 import pytest
 
 from dsv3_jax.errors import ArgumentError
-from dsv3_jax.inference.server.running import bound
+from dsv3_jax.inference.server.running import bound, run
 
 CHAT = [{"role": "user", "content": "hi"}]
 
@@ -103,3 +106,23 @@ def test_an_address_in_use_is_one_line(address):
     port = int(address.rpartition(":")[2])
     with pytest.raises(ArgumentError, match=f"--port={port} cannot be had"):
         bound("127.0.0.1", port)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_server_and_nothing_else(service, capsys, number):
+    before = signal.getsignal(number)
+
+    def run_engine(stop):
+        os.kill(os.getpid(), number)
+        assert stop.wait(timeout=5)
+
+    run(service, SimpleNamespace(run=run_engine), bound("127.0.0.1", 0))
+    assert signal.getsignal(number) is before
+    assert service.failure is None
+    assert capsys.readouterr().out.startswith("small at http://127.0.0.1:")
+
+
+def test_an_engine_that_fails_ends_the_server(service, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run(service, SimpleNamespace(run=lambda stop: 1 / 0), bound("127.0.0.1", 0))
+    assert caught.value.code == 1 and "ZeroDivisionError" in capsys.readouterr().err
