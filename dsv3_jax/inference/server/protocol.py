@@ -19,7 +19,7 @@ MOST_CHOICES = 128  # of one prompt
 MOST_PROMPTS = 1024
 MOST_STOPS = 64
 LONGEST_STOP = 1000
-COMPLETION_TOKENS = 16  # OpenAI's default; a chat goes on as far as there is room
+COMPLETION_TOKENS = 16  # OpenAI's default; a chat's is what there is room for
 
 # What each may be and still change nothing.
 REFUSED: dict[str, tuple[Any, ...]] = {
@@ -58,7 +58,7 @@ class Settings:
 
     sampling: Sampling
     max_tokens: int | None
-    """None: as many as there is room for."""
+    """None: as many as there is room for, see `Service.tokens_left`."""
     choices: int
     """For each prompt."""
     stop: tuple[str, ...]

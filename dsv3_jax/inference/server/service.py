@@ -49,6 +49,8 @@ class Service:
     """Tokens that a prompt and its continuation may have together."""
     stop_ids: frozenset[int]
     """Tokens that end a text."""
+    share: int | None = None
+    """Of the context, what a request that names no number of tokens gets; None: all of it."""
     chat: ChatTemplate | None = None
     score: Callable[[Sequence[int], int], list[Scored]] | None = None
     """Log probabilities of all tokens but the first, each with so many alternatives. Called once at a time."""
@@ -84,6 +86,15 @@ class Service:
             message = f"{len(prompt)} tokens of prompt {asked}: the model's context has {self.context}"
             raise RequestError(message, "max_tokens" if max_tokens else None, code="context_length_exceeded")
 
+    def tokens_left(self, prompt: Sequence[int]) -> int:
+        """How long the answer to a prompt may become where the request does not say.
+
+        The engine keeps room for all of it from the beginning: with the whole context for each, nothing would run
+        beside one of them. A prompt that takes most of its share gets more than one.
+        """
+        share = self.context if self.share is None else self.share
+        return min(self.context - len(prompt), max(share - len(prompt), share // 4, 1))
+
     async def started(self, prepared: Prepared) -> Generation:
         """All choices submitted to the engine.
 
@@ -95,7 +106,7 @@ class Service:
         replies, requests = list[Reply](), list[Request]()
         for prompt in prepared.prompts:
             self.check_room(prompt, settings.max_tokens)
-            most = self.context - len(prompt) if settings.max_tokens is None else settings.max_tokens
+            most = self.tokens_left(prompt) if settings.max_tokens is None else settings.max_tokens
             of_chat = prompt if prepared.chat else None
             for _ in range(settings.choices):
                 replies.append(Reply(self.tokenizer, stop_ids, settings.stop, settings.include_stop, of_chat))

@@ -59,6 +59,7 @@ def load_service(arguments: InferArguments) -> tuple[Service, Engine]:
         arguments.checkpoint.resolve().name,
         min(config.model.maximum_positions, cache_positions(engine)),
         stop_ids(opened, tokenizer),
+        share=cache_positions(engine) // arguments.slots,
         chat=_chat_template(opened, tokenizer),
         score=Scorer(model, tokenizer),
         api_keys=arguments.api_key,

@@ -159,6 +159,18 @@ def test_a_chat(client, engine, service):
         assert made["usage"]["completion_tokens"] == 3
 
 
+@pytest.mark.parametrize(
+    ("share", "most"), [(60, lambda prompt: 60 - prompt), (40, lambda _: 10), (1, lambda _: 1), (10**6, None)]
+)
+def test_an_answer_of_no_given_length_leaves_room_for_others(client, engine, service, share, most):
+    messages = [{"role": "user", "content": "z" * 40}]
+    prompt = len(service.chat.token_ids(messages))
+    assert 40 < prompt < 50
+    service.share = share
+    assert client.post("/v1/chat/completions", json={"messages": messages}).status_code == 200
+    assert engine.requests[-1].max_new_tokens == (most(prompt) if most else service.context - prompt)
+
+
 def test_a_chat_that_thinks(client, engine, tokenizer, service):
     opening, closing = (tokenizer.token_to_id(tag) for tag in ("<think>", "</think>"))
     engine.answer = [opening, *encode(tokenizer, "x = é"), closing, *encode(tokenizer, ANSWER), engine.end]
