@@ -1,6 +1,6 @@
 """Conversion against bare loops that read the same tensors, convert them and write the same bytes, in the same run.
 
-python -m benchmarks.conversion_speed FOLDER [--rounds=3] [--workers=2] [--layers=3] [--experts=8] [--vocabulary=8080]
+python -m benchmarks.conversion_speed FOLDER [--rounds=6] [--workers=2] [--layers=3] [--experts=8] [--vocabulary=8080]
 
 FOLDER is made, and removed at the end; it takes up to five times the checkpoint, which has 3 GB with these sizes.
 Prints for each conversion its bytes written a second, the ratio of its speed to its loop's (median and range of
@@ -32,6 +32,7 @@ from dsv3_jax.convert.exporting import export_checkpoint
 from dsv3_jax.convert.importing import import_checkpoint
 from dsv3_jax.convert.projection import duration
 from dsv3_jax.convert.tensors import copies_of, leaves_of
+from dsv3_jax.runtime import keep_freed_memory
 
 V3_BYTES = 688_574_839_360
 """Of the tensors in the released files."""
@@ -58,37 +59,44 @@ def loop_quantizing(source: Path, out: Path, workers: int, size: Size) -> None:
 
 def timed(run: Callable[[], None]) -> tuple[float, int]:
     """Seconds, and the most memory that this process ever had."""
+    keep_freed_memory()
     start = time.perf_counter()
     run()
     return time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
 
 
 def compare(loop: Callable[..., None], conversion: Callable[..., None], out: Path, rounds: int, whole: float) -> None:
-    """Run both in turns and print what is found; the last conversion's result stays in `out`.
+    """Run both in turns, an even number of rounds, and print what is found; a conversion's result stays in `out`.
 
     Args:
         whole: how many times the checkpoint the released weights are.
     """
     written: list[int] = []
-    peaks: list[int] = []
+    peaks: dict[str, int] = {"loop": 0, "conversion": 0}
+    of_loop_alone = out.with_name("loop")
 
-    def side(run: Callable[..., None]) -> float:
-        shutil.rmtree(out, ignore_errors=True)
+    def side(name: str, run: Callable[..., None], to: Path) -> float:
+        for folder in (out, of_loop_alone):
+            shutil.rmtree(folder, ignore_errors=True)
         os.sync()  # so that the disk is done with what was deleted
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            seconds, peak = process.submit(timed, partial(run, out=out)).result()
-        written.append(sum(file.stat().st_size for file in out.rglob("*") if file.is_file()))
-        peaks.append(peak)
+            seconds, peak = process.submit(timed, partial(run, out=to)).result()
+        written.append(sum(file.stat().st_size for file in to.rglob("*") if file.is_file()))
+        peaks[name] = max(peaks[name], peak)
         return seconds
 
-    found = interleaved({"loop": lambda: side(loop), "conversion": lambda: side(conversion)}, rounds)
+    sides = {
+        "conversion": partial(side, "conversion", conversion, out),
+        "loop": partial(side, "loop", loop, of_loop_alone),
+    }
+    found = interleaved(sides, rounds)
     assert max(written) < 1.01 * min(written), f"the two sides write different numbers of bytes: {written}"
     seconds, of_loop = (statistics.median(found[name]) for name in ("conversion", "loop"))
     print(
         f"  conversion / loop {ratio(found['loop'], found['conversion'])}\n"
         f"  writes {written[-1] / 1e9:.2f} GB at {written[-1] / seconds / 1e6:,.0f} MB/s (loop "
-        f"{written[-1] / of_loop / 1e6:,.0f}), peak memory {max(peaks[1::2]) / 1e6:,.0f} MB (loop "
-        f"{max(peaks[::2]) / 1e6:,.0f}); V3 would take {duration(seconds * whole)}",
+        f"{written[-1] / of_loop / 1e6:,.0f}), peak memory {peaks['conversion'] / 1e6:,.0f} MB (loop "
+        f"{peaks['loop'] / 1e6:,.0f}); V3 would take {duration(seconds * whole)}",
         flush=True,
     )
 
@@ -96,7 +104,7 @@ def compare(loop: Callable[..., None], conversion: Callable[..., None], out: Pat
 def main(
     folder: tyro.conf.Positional[Path],
     size: tyro.conf.OmitArgPrefixes[Size] = SMALL,
-    rounds: int = 3,
+    rounds: int = 6,
     workers: int = os.cpu_count() or 1,
 ) -> None:
     folder.mkdir()

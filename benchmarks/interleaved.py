@@ -1,4 +1,8 @@
-"""Sides measured in turns, so that a machine that slows down slows all of them."""
+"""Sides measured in turns, so that a machine that slows down slows all of them.
+
+Every other round goes through them backwards: what a side leaves behind (memory, caches, a busy disk) then meets each
+of the others as often.
+"""
 
 import statistics
 from collections.abc import Callable, Mapping
@@ -7,9 +11,9 @@ from collections.abc import Callable, Mapping
 def interleaved(sides: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """One call of every side a round; each returns its figure."""
     found: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(rounds):
-        for name, measure in sides.items():
-            found[name].append(measure())
+    for index in range(rounds):
+        for name in list(sides) if index % 2 == 0 else reversed(list(sides)):
+            found[name].append(sides[name]())
     return found
 
 

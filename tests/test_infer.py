@@ -15,6 +15,7 @@ from dsv3_jax.command_line import run_main
 from dsv3_jax.data.tokenizer import train_tokenizer
 from dsv3_jax.errors import ArgumentError
 from dsv3_jax.inference.arguments import OPTIONS, InferArguments, parse_infer
+from dsv3_jax.inference.chat import chat_template
 from dsv3_jax.inference.completion import complete
 from dsv3_jax.inference.sampling import Sampling
 from dsv3_jax.loading import load
@@ -81,6 +82,25 @@ def test_one_prompt_is_shown_with_its_continuation_and_several_under_headers(wor
     assert capsys.readouterr().out == expected
 
 
+def test_a_stop_text_ends_a_prompt_and_a_chat_has_the_answer_alone(workdir, monkeypatch, capsys):
+    model, _, tokenizer = load(workdir)
+    (whole,) = complete(model, tokenizer, ["naïve"], Sampling(temperature=0), 20)
+    stop = whole.text[5:8]
+    options = [f"--checkpoint={workdir}", "--prompt=naïve", "--max_new_tokens=20", "--temperature=0"]
+    assert run([*options, f"--stop={stop}", "--stop=never"], monkeypatch) == 0
+    before = whole.text[: whole.text.index(stop)]
+    assert capsys.readouterr().out == f"naïve{before}\n"
+    assert run([*options, f"--stop={stop}", "--json"], monkeypatch) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert (made["text"], made["finish_reason"]) == (before, "stop")
+    assert made["token_ids"] == whole.token_ids[: len(made["token_ids"])]
+    template = chat_template(None, tokenizer)
+    (answer,) = complete(model, tokenizer, ["naïve"], Sampling(temperature=0), 20, chat=template)
+    assert run([*options, "--chat"], monkeypatch) == 0
+    shown = capsys.readouterr().out
+    assert shown.rstrip("\n").endswith(answer.text.rstrip("\n")) and not shown.startswith("naïve")
+
+
 def test_what_is_asked_for():
     assert parse_infer(GIVEN) == InferArguments(Path("run"), ("text",), 256, Sampling(0.8, 0, 0.95, 0), False)
     argv = "--checkpoint a --prompt b --prompt=c=d --max-new-tokens 5 --temperature=0 --top-k 7 --top_p=0.5 --seed 3"
@@ -128,6 +148,11 @@ def test_a_prompt_is_taken_as_it_is(prompt):
         ([*SERVING, "--slots=0"], ["--slots=0 must be at least 1"]),
         ([*SERVING, "--cache_tokens=0"], ["--cache_tokens=0 must be at least 1"]),
         ([*SERVING, "--api_key="], ["--api_key is empty"]),
+        ([*GIVEN, "--speculative=-1"], ["--speculative=-1 must be at least 0"]),
+        ([*GIVEN, "--speculative=some"], ["--speculative=some cannot be read", "a whole number"]),
+        ([*GIVEN, "--min_p=2"], ["--min_p=2.0 must be between 0 and 1"]),
+        ([*GIVEN, "--presence_penalty=3"], ["--presence_penalty=3.0 must be between -2 and 2"]),
+        ([*GIVEN, "--chat=yes"], ["--chat=yes cannot be read", "no value"]),
     ],
 )
 def test_a_mistake_is_one_line_that_names_it(argv, parts, capsys):
@@ -146,6 +171,7 @@ def test_a_mistake_is_one_line_that_names_it(argv, parts, capsys):
         (["--checkpoint=absent"], 1, "error: absent holds no checkpoint: give a workdir"),
         (["--max_new_tokens=127"], 2, "2 tokens and max_new_tokens=127 need 129 positions, and the model has"),
         (["--max_new_tokens=-3"], 2, "error: --max_new_tokens=-3 must be at least 1"),
+        (["--speculative=1"], 2, "speculative=1 must be at least 0, and 0 for a model without MTP module"),
     ],
 )
 def test_how_a_run_that_cannot_be_ends(workdir, options, code, part, monkeypatch, capsys):

@@ -26,6 +26,7 @@ from dsv3_jax.convert.observing import Bar
 from dsv3_jax.convert.outputs import DType, ScaleFormat
 from dsv3_jax.convert.projection import projected
 from dsv3_jax.errors import ArgumentError
+from dsv3_jax.runtime import keep_freed_memory
 
 WORKERS = os.cpu_count() or 1
 
@@ -84,6 +85,7 @@ class Console(Bar):
 
 
 def main() -> None:
+    keep_freed_memory()
     match parse(sys.argv[1:]):
         case Import(source, out, workers):
             import_checkpoint(source, out, workers=workers, observer=Console())

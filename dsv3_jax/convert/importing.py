@@ -29,7 +29,7 @@ from dsv3_jax.convert.resumable import PartialFolder, require_space, run_units
 from dsv3_jax.convert.safetensors_file import SafetensorsReader
 from dsv3_jax.convert.safetensors_header import DTYPES
 from dsv3_jax.convert.sources import DirectoryTensors, scales_array_shape, scales_name, values
-from dsv3_jax.convert.state import blocks_of, create_state, has_scales, open_array
+from dsv3_jax.convert.state import blocks_of, create_state, flush, has_scales, open_array
 from dsv3_jax.convert.tensors import Leaf, Part
 from dsv3_jax.files import write_atomically
 
@@ -105,14 +105,14 @@ class _Import:
                 shutil.rmtree(begun)
             create_state(self.state, self.inventory)
             self._write_vectors_and_scales()
-            self.folder.finish(SMALL)
+            self._finish(SMALL)
         by_file = {file.name: matrices for file, matrices in _matrices_by_file(self.inventory).items()}
         sizes = {file: sum(map(self._bytes, (leaf for leaf, _ in by_file[file]))) for file in by_file}
         done = self.folder.finished & by_file.keys()
         self.observer.begin(sum(sizes.values()), sum(sizes[file] for file in done))
         left = (file for file in by_file if file not in done)
         try:
-            run_units(((file, self._tasks(by_file[file])) for file in left), workers, self.folder.finish)
+            run_units(((file, self._tasks(by_file[file])) for file in left), workers, self._finish)
         finally:
             self.observer.end()
         for copy in sorted(self.differing):
@@ -121,6 +121,10 @@ class _Import:
                 f"tensor {copy} differs from {original}: the model has one for both, and keeps the latter"
             )
         self._write_texts()
+
+    def _finish(self, unit: str) -> None:
+        flush()
+        self.folder.finish(unit)
 
     def _bytes(self, leaf: Leaf) -> int:
         """Of one of its tensors."""

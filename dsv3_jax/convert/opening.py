@@ -62,7 +62,7 @@ def open_model(path: Path) -> OpenedModel:
         )
     saved = open_checkpoint(path)
     form = (saved.hugging_face or {}).get("tensors")
-    stored = StoredForm(**form) if form else StoredForm()
+    stored = StoredForm(**form) if form else None
     return OpenedModel(
         saved.directory,
         saved.config,

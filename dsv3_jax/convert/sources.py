@@ -21,7 +21,8 @@ from dsv3_jax.convert.safetensors_header import DTYPES
 from dsv3_jax.convert.tensors import Leaf, Part, leaves_of
 
 Index = tuple[int, ...]
-# Chunks that were read in part and are read on with the next blocks: those of a trained checkpoint lie across tensors.
+# Chunks that were read in part and are read on with the next blocks: those of a trained checkpoint lie across tensors,
+# and a chunk of an imported one's scales holds those of a layer.
 CACHED_CHUNKS = 768 * 2**20
 TYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -120,8 +121,11 @@ class ArrayTensors:
         return raw.view(ml_dtypes.float8_e8m0fnu) if raw.dtype == np.uint8 else raw
 
 
-def saved_tensors(state: Path, model: ModelConfig, form: StoredForm) -> ArrayTensors:
+def saved_tensors(state: Path, model: ModelConfig, form: StoredForm | None) -> ArrayTensors:
     """Those of a checkpoint's `state` folder, read by TensorStore as they are asked for.
+
+    Args:
+        form: None for a checkpoint that was trained here.
 
     Raises:
         ConversionError: the folder does not hold this model's parameters.
@@ -130,7 +134,7 @@ def saved_tensors(state: Path, model: ModelConfig, form: StoredForm) -> ArrayTen
     names = {".".join(str(key["key"]) for key in one["key_metadata"]) for one in metadata["tree_metadata"].values()}
     context = tensorstore.Context({"cache_pool": {"total_bytes_limit": CACHED_CHUNKS}})
 
-    def opened(name: str) -> Any:
+    def opened(name: str, cached: bool) -> Any:
         base = f"file://{state.resolve()}/"
         store: dict[str, Any] = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
         spec = {
@@ -140,18 +144,19 @@ def saved_tensors(state: Path, model: ModelConfig, form: StoredForm) -> ArrayTen
             # An import writes every chunk: one that is not there is lost. Training leaves out those of zeros.
             "fill_missing_data_reads": metadata["use_ocdbt"],
         }
-        return tensorstore.open(spec, open=True, read=True, context=context).result()
+        return tensorstore.open(spec, open=True, read=True, context=context if cached else None).result()
 
     arrays, scales = {}, {}
     for leaf in leaves_of(model):
         if leaf.name not in names:
             raise ConversionError(f"{state} has no array {leaf.name}: it is of another model")
-        arrays[leaf.name] = opened(leaf.name)
+        # An imported tensor's chunks are the blocks it is read by: to keep them costs memory, and time to get it.
+        arrays[leaf.name] = opened(leaf.name, cached=form is None)
         if tuple(arrays[leaf.name].shape) != leaf.shape:
             shape = list(arrays[leaf.name].shape)
             raise ConversionError(f"{state}: array {leaf.name} has shape {shape}, not {list(leaf.shape)}")
         if (scale := scales_name(leaf)) in names:
-            scales[leaf.name] = opened(scale)
+            scales[leaf.name] = opened(scale, cached=True)
     return ArrayTensors(model, arrays, scales, form)
 
 

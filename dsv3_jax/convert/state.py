@@ -1,5 +1,6 @@
 """The state folder of an imported checkpoint: Orbax's, with arrays whose chunks are the tensors' own bytes."""
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -66,10 +67,21 @@ def create_state(state: Path, inventory: Inventory) -> None:
 
 
 def open_array(state: Path, name: str) -> tensorstore.TensorStore:
-    """One array of a state that `create_state` made, to write."""
-    # A block of zeros is stored as any other: -0.0 would otherwise come back as 0.0.
-    spec = {"driver": "zarr3", "kvstore": _store(state, name), "store_data_equal_to_fill_value": True}
+    """One array of a state that `create_state` made, to write. What is written is on the disk after `flush`."""
+    spec = {
+        "driver": "zarr3",
+        "kvstore": _store(state, name),
+        # A block of zeros is stored as any other: -0.0 would otherwise come back as 0.0.
+        "store_data_equal_to_fill_value": True,
+        # A thread would wait for the disk after each chunk.
+        "context": {"file_io_sync": False},
+    }
     return tensorstore.open(spec, open=True).result()
+
+
+def flush() -> None:
+    """Return when all that was written is on the disk."""
+    os.sync()
 
 
 def _store(state: Path, name: str) -> str:

@@ -97,7 +97,7 @@ class Engine:
     def submit(self, request: Request, on_event: Callable[[Event], None]) -> Ticket:
         """Queue a request. `on_event` is called with its result as it comes, from the thread of `step` or `run`.
 
-        An `on_event` that raises cancels the request.
+        Everybody waits while `on_event` works. One that raises cancels its request.
 
         Raises:
             EngineError: a request that this engine can never answer.

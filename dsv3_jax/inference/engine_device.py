@@ -57,7 +57,7 @@ class Device:
         request = ticket.request
         prompt_W, ends_W = np.zeros((2, self._words), bool)
         prompt_W[request.token_ids] = True
-        ends_W[[token for token in self.ends(request) if token < self._words]] = True
+        ends_W[[token for token in self.ends(request) if 0 <= token < self._words]] = True
         inputs = SamplingInputs.of([request.sampling], [request.sample_index])
         self._inputs[ticket.row] = inputs, jnp.asarray(prompt_W), jnp.asarray(ends_W)
 

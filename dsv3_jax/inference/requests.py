@@ -60,6 +60,8 @@ class Limits:
             raise EngineError(f"max_new_tokens={new} must be at least 1")
         if request.logprobs is not None and not 0 <= request.logprobs <= MOST_LOGPROBS:
             raise EngineError(f"logprobs={request.logprobs} must be between 0 and {MOST_LOGPROBS}")
+        if not 0 <= request.sample_index < 2**32:
+            raise EngineError(f"sample_index={request.sample_index} must be between 0 and {2**32 - 1}")
         needed = f"a prompt of {prompt} tokens and max_new_tokens={new} need {prompt + new} positions"
         if prompt + new > self.positions:
             raise EngineError(f"{needed}, and the model has model.maximum_positions={self.positions}")

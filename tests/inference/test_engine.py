@@ -267,6 +267,7 @@ def test_to_the_last_position_of_the_model(engine, alone):
         ({"token_ids": [-1]}, "out of the vocabulary"),
         ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
         ({"logprobs": 21}, "logprobs=21 must be between 0 and 20"),
+        ({"sample_index": -1}, "sample_index=-1 must be between 0 and 4294967295"),
     ],
 )
 def test_what_can_never_be_answered_is_refused_at_once(engine, change, message):
