@@ -1,6 +1,6 @@
 """Continue text with a trained model: `python infer.py --checkpoint=runs/tiny --prompt="def main("`.
 
-`--temperature=0` is greedy. `--help` lists every option.
+`--temperature=0` is greedy. `--serve` answers requests over HTTP instead. `--help` lists every option.
 """
 
 import dataclasses
@@ -21,7 +21,12 @@ from dsv3_jax.training.progress import note
 def main() -> None:
     arguments = parse_infer(sys.argv[1:])
     set_up_compiler()
-    infer(arguments)
+    if arguments.serve:
+        from dsv3_jax.inference.server.serving import serve  # the web framework, that nothing else needs
+
+        serve(arguments)
+    else:
+        infer(arguments)
 
 
 def infer(arguments: InferArguments) -> None:

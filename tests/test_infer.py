@@ -24,6 +24,7 @@ from dsv3_jax.training.checkpoint import Checkpoints
 
 ROOT = Path(infer.__file__).parent
 GIVEN = ["--checkpoint=run", "--prompt=text"]
+SERVING = ["--checkpoint=run", "--serve"]
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +108,13 @@ def test_what_is_asked_for():
     assert parse_infer([*argv.split(), "--json"]) == expected
 
 
+def test_what_is_to_be_served():
+    assert parse_infer(SERVING) == InferArguments(Path("run"), (), serve=True)
+    asked = "--host 0.0.0.0 --port=0 --api-key=None --slots 2 --cache_tokens=640 --speculative=1".split()
+    expected = InferArguments(Path("run"), (), speculative=1, serve=True, host="0.0.0.0", port=0, slots=2)
+    assert parse_infer([*SERVING, *asked]) == dataclasses.replace(expected, api_key=("None",), cache_tokens=640)
+
+
 @pytest.mark.parametrize("prompt", ["", "-5", "two words\nand a line", "--flag", "é🙂", "None", "'quoted'"])
 def test_a_prompt_is_taken_as_it_is(prompt):
     assert parse_infer(["--checkpoint=run", f"--prompt={prompt}"]).prompt == (prompt,)
@@ -132,6 +140,14 @@ def test_a_prompt_is_taken_as_it_is(prompt):
         ([*GIVEN, "--top_k=-1"], ["--top_k=-1 must be at least 0"]),
         ([*GIVEN, "--seed=-1"], ["--seed=-1 must be between 0 and"]),
         ([*GIVEN, "--max_new_tokens=0"], ["--max_new_tokens=0 must be at least 1"]),
+        ([*GIVEN, "--port=1"], ["--port needs --serve"]),
+        ([*SERVING, "--prompt=x"], ["--prompt means nothing with --serve"]),
+        ([*SERVING, "--temperature=0"], ["--temperature means nothing with --serve"]),
+        ([*SERVING, "--port=x"], ["--port=x cannot be read", "a whole number"]),
+        ([*SERVING, "--port=65536"], ["--port=65536 must be between 0 and 65535"]),
+        ([*SERVING, "--slots=0"], ["--slots=0 must be at least 1"]),
+        ([*SERVING, "--cache_tokens=0"], ["--cache_tokens=0 must be at least 1"]),
+        ([*SERVING, "--api_key="], ["--api_key is empty"]),
         ([*GIVEN, "--speculative=-1"], ["--speculative=-1 must be at least 0"]),
         ([*GIVEN, "--speculative=some"], ["--speculative=some cannot be read", "a whole number"]),
         ([*GIVEN, "--min_p=2"], ["--min_p=2.0 must be between 0 and 1"]),

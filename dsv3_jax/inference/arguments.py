@@ -21,7 +21,7 @@ class InferArguments:
     checkpoint: Path
     """A workdir of train.py (its newest checkpoint), the folder of one checkpoint, or a Hugging Face directory."""
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]]
-    """Text to continue; '-' is read from standard input. Give it several times for a batch."""
+    """Text to continue; '-' is read from standard input. Give it several times for a batch. Needed unless serving."""
     max_new_tokens: int = 256
     """Tokens to generate at most; a completion ends earlier where the model ends the document."""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
@@ -34,13 +34,29 @@ class InferArguments:
     speculative: int = 0
     """Tokens that the MTP module guesses ahead and the model verifies in one pass: faster, and the same text greedily,
     the same distribution otherwise. 0: none."""
+    serve: bool = False
+    """Answer requests over HTTP, as OpenAI's server does, and with a page to chat at; what is sampled how is up to each
+    request."""
+    host: str = "127.0.0.1"
+    """Serving: the address to listen at; 0.0.0.0 for whoever reaches this machine."""
+    port: int = 8000
+    """Serving: the port; 0 for any that is free."""
+    api_key: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Serving: what clients must send as their API key; by default none. Give it several times for several keys."""
+    slots: int = 8
+    """Serving: requests that run at the same time; others wait."""
+    cache_tokens: int | None = None
+    """Serving: tokens that the cache holds over all requests; by default 4096 a slot, or the model's whole context."""
 
 
-FLAGS = ("json", "chat")
+FLAGS = ("json", "chat", "serve")
+SERVING = ("host", "port", "api_key", "slots", "cache_tokens")
 OPTIONS = (
     *("checkpoint", "prompt", "max_new_tokens", "speculative", "stop", "temperature", "top_k", "top_p", "min_p"),
-    *("repetition_penalty", "presence_penalty", "frequency_penalty", "seed", *FLAGS),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty", "seed", *FLAGS, *SERVING),
 )
+# What a server has, too; the rest is for prompts of the command line.
+ALSO_SERVING = ("checkpoint", "speculative", "serve", *SERVING)
 PLACEHOLDER = InferArguments(Path(), ())
 
 
@@ -62,15 +78,30 @@ def parse_infer(argv: Sequence[str]) -> InferArguments:
             raise ArgumentError(f"--{name} needs a value: --{name}=VALUE")
         options.append(f"--{name}" if value is None else f"--{name}={value}")
         _require_readable(options[-1])
-    for name, value in (("checkpoint", "DIR"), ("prompt", "TEXT")):
-        if not any(option.startswith(f"--{name}=") for option in options):
+    given = {option[2:].partition("=")[0] for option in options}
+    serving = "serve" in given
+    for name, value in (("checkpoint", "DIR"), *([] if serving else [("prompt", "TEXT")])):
+        if name not in given:
             raise ArgumentError(f"--{name}={value} is missing; --help lists all options")
+    for name in sorted(given.difference(ALSO_SERVING) if serving else given.intersection(SERVING)):
+        raise ArgumentError(f"--{name} {'means nothing with' if serving else 'needs'} --serve")
     arguments = _tyro(options, PLACEHOLDER)
+    _check_serving(arguments)
     if arguments.max_new_tokens < 1:
         raise ArgumentError(f"--max_new_tokens={arguments.max_new_tokens} must be at least 1")
     if arguments.speculative < 0:
         raise ArgumentError(f"--speculative={arguments.speculative} must be at least 0; 0 turns it off")
     return arguments
+
+
+def _check_serving(arguments: InferArguments) -> None:
+    if not 0 <= arguments.port < 2**16:
+        raise ArgumentError(f"--port={arguments.port} must be between 0 and {2**16 - 1}")
+    if "" in arguments.api_key:
+        raise ArgumentError("--api_key is empty: leave it out to need none")
+    for name in ("slots", "cache_tokens"):
+        if (number := getattr(arguments, name)) is not None and number < 1:
+            raise ArgumentError(f"--{name}={number} must be at least 1")
 
 
 def _require_readable(option: str) -> None:
@@ -82,7 +113,7 @@ def _require_readable(option: str) -> None:
         raise ArgumentError(f"--{error}") from error
     except SystemExit:
         name = option[2:].partition("=")[0]
-        whole = ("max_new_tokens", "speculative", "top_k", "seed")
+        whole = ("max_new_tokens", "speculative", "top_k", "seed", "port", "slots", "cache_tokens")
         kind = "no value" if name in FLAGS else "a whole number" if name in whole else "a number"
         raise ArgumentError(f"{option} cannot be read: expected {kind}") from None
 

@@ -29,7 +29,7 @@ def with_inference_types(change: Callable[[Any, jnp.dtype], Any], tree: Any, pre
 
 
 def ready_to_decode(model: Transformer) -> Transformer:
-    """The model cast and unstacked once, instead of at every token."""
+    """The model cast and unstacked once, instead of at every token; of one that is ready, the same arrays."""
 
     def cast(array: Array, dtype: jnp.dtype) -> Array:
         return array if array.dtype == dtype else array.astype(dtype)
@@ -41,11 +41,13 @@ def unstacked(model: Transformer) -> Transformer:
     """The model with a list of blocks, ready to decode, in place of each stack; not for training."""
     model = nnx.clone(model)
     for name in ("dense_blocks", "moe_blocks"):
-        if hasattr(model, name):
-            blocks = unstack(getattr(model, name))
+        stacked = getattr(model, name, None)
+        if stacked is not None and not isinstance(stacked, nnx.List):
+            blocks = unstack(stacked)
             for block in blocks:
                 block.attention.keep_absorbed()
             setattr(model, name, blocks)
     for module in model.mtp:
-        module.block.attention.keep_absorbed()
+        if not hasattr(module.block.attention, "absorbed"):
+            module.block.attention.keep_absorbed()
     return model

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax.inference.weights import with_inference_types
+from dsv3_jax.inference.weights import ready_to_decode, with_inference_types
 
 
 def test_a_bfloat16_model_takes_half_the_memory_and_keeps_norms_and_router(model):
@@ -21,3 +21,10 @@ def test_a_float32_model_is_left_as_it_is(model):
     kinds = []
     with_inference_types(lambda leaf, dtype: kinds.append((leaf.dtype, dtype)), model, "float32")
     assert set(kinds) == {(jnp.dtype("float32"), jnp.dtype("float32"))}
+
+
+def test_a_model_that_is_ready_to_decode_already_gives_its_own_arrays(model):
+    ready = ready_to_decode(model)
+    leaves, again = (jax.tree.leaves(one) for one in (ready, ready_to_decode(ready)))
+    assert len(leaves) > len(jax.tree.leaves(model))
+    assert all(one is other for one, other in zip(leaves, again, strict=True))
