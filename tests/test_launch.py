@@ -16,6 +16,7 @@ from dsv3_jax.command_line import parse_train
 from dsv3_jax.layout import describe
 from dsv3_jax.model.functional import skeleton_of
 from sharding.mesh import axis_sizes
+from tests.reference.hf_checkpoint import fabricate
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = sorted((ROOT / "launch").iterdir())
@@ -52,11 +53,12 @@ def _chips(path: Path) -> int:
 
 
 @pytest.mark.parametrize("path", [*LAUNCH, *PAGES], ids=lambda path: path.name)
-def test_training_commands_can_be_read(path):
+def test_training_commands_can_be_read(path, tmp_path, tiny_model):
+    fabricate(tmp_path, tiny_model())
     commands = _commands(path)
     assert commands
     for arguments in commands:
-        parse_train(arguments)
+        parse_train([argument.replace("HF_DIR", str(tmp_path)) for argument in arguments])
 
 
 @pytest.mark.parametrize("path", LAUNCH, ids=lambda path: path.name)
