@@ -20,7 +20,6 @@ from tests.reference.hf_checkpoint import fabricate
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = sorted((ROOT / "launch").iterdir())
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 JOBSET = ROOT / "launch" / "gke_jobset.yaml"
 
 
@@ -30,6 +29,9 @@ def _commands(path: Path) -> list[list[str]]:
     text = re.sub(r"\$\{?\w+\}?", "1", text)
     found = re.findall(r"python train\.py((?: +(?:\"[^\"\n]*\"|'[^'\n]*'|[^\s`&|;<>\"']+)+)*)", text)
     return [shlex.split(arguments) for arguments in found]
+
+
+PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if _commands(page)]
 
 
 def _chips(path: Path) -> int:
