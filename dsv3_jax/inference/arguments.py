@@ -32,8 +32,8 @@ class InferArguments:
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """End before this text; give it several times for several."""
     speculative: int = 0
-    """Tokens that the MTP module guesses ahead and the model verifies in one pass: faster, and the same text greedily,
-    the same distribution otherwise. 0: none."""
+    """Tokens that the MTP module guesses ahead and the model verifies in one pass: the same text greedily, the same
+    distribution otherwise. Pays where a pass over a few tokens costs little more than one over one. 0: none."""
     serve: bool = False
     """Answer requests over HTTP, as OpenAI's server does, and with a page to chat at; what is sampled how is up to each
     request."""
