@@ -108,4 +108,4 @@ def test_a_pod_counts_as_done_only_when_the_run_has_ended(tmp_path, index, ends,
         time.sleep(0.01)
     if stop:
         pod.send_signal(signal.SIGTERM)
-    assert pod.wait(timeout=20) == code
+    assert pod.wait(timeout=120) == code

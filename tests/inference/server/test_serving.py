@@ -78,7 +78,7 @@ def test_a_server_answers_as_the_model_does_and_ends_when_it_is_asked_to(workdir
     endless = client.completions.create(model=name, prompt="text", max_tokens=120, stream=True)
     next(iter(endless))
     served.send_signal(signal.SIGTERM)
-    out, error = served.communicate(timeout=20)
+    out, error = served.communicate(timeout=120)
     assert (served.returncode, out, error) == (0, "", "")
 
 
