@@ -48,6 +48,5 @@ def unstacked(model: Transformer) -> Transformer:
                 block.attention.keep_absorbed()
             setattr(model, name, blocks)
     for module in model.mtp:
-        if not hasattr(module.block.attention, "absorbed"):
-            module.block.attention.keep_absorbed()
+        module.block.attention.keep_absorbed()
     return model

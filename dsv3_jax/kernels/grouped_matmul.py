@@ -3,7 +3,6 @@
 from types import ModuleType
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 
 from dsv3_jax.kernels import grouped_matmul_cpu, grouped_matmul_gpu
@@ -26,18 +25,6 @@ def grouped_matmul(rows_MD: Array, weights_EDF: Array, group_sizes_E: Array) -> 
         [M, F] in the type of the rows, accumulated in float32.
     """
     return _grouped_matmul(*spread_alike(rows_MD, weights_EDF), group_sizes_E)
-
-
-def chosen_matmul(rows_MD: Array, weights_EDF: Array, choice_M: Array) -> Array:
-    """Each row times a copy of weights[its choice]: rows in any order, as few as in decoding.
-
-    Returns [M, F] in the type of the rows, accumulated in float32.
-    """
-    precision = jax.lax.Precision.HIGHEST if rows_MD.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-    product_MF = jnp.einsum(
-        "md,mdf->mf", rows_MD, weights_EDF[choice_M], precision=precision, preferred_element_type=jnp.float32
-    )
-    return product_MF.astype(rows_MD.dtype)
 
 
 def _kernels() -> ModuleType:

@@ -75,17 +75,11 @@ class MultiHeadLatentAttention(nnx.Module):
             cache_BTX: [B, T, C + R], entry t of a row at position t; entries after a token's position are not read.
             positions_BS: int32 position of each new token.
         """
-        rank = self.model.key_value_latent
-        query_nope_BSHP, query_rope_BSHR = self._queries(x_BSD, by)
-        key_up_HPC, value_up_HCV = self._absorbed()
-        query_latent_BSHC = contract("bshp,hpc->bshc", query_nope_BSHP, key_up_HPC, self.dtype)
-        mixed_BSHC = absorbed_attention(
-            jnp.concatenate([query_latent_BSHC, query_rope_BSHR], axis=-1),
-            cache_BTX,
-            rank,
-            softmax_scale(self.model),
-            positions_BS,
-        )
+        query_BSHX, rank = self._latent_queries(x_BSD, by), self.model.key_value_latent
+        mixed_BSHC = absorbed_attention(query_BSHX, cache_BTX, rank, softmax_scale(self.model), positions_BS)
+        if hasattr(self, "merged"):
+            return contract("bsm,md->bsd", mixed_BSHC.reshape(*x_BSD.shape[:2], -1), self.merged[1][...], self.dtype)
+        _, value_up_HCV = self._absorbed()
         return self._output(contract("bshc,hcv->bshv", mixed_BSHC, value_up_HCV, self.dtype))
 
     def latent(self, x_BSD: Array, by: Rotation) -> Array:
@@ -95,8 +89,24 @@ class MultiHeadLatentAttention(nnx.Module):
         return jnp.concatenate([self.key_value_norm(latent_BSC), rotate(rope_BSR, by)], axis=-1)
 
     def keep_absorbed(self) -> None:
-        """Keep what `decode` multiplies with, which it otherwise cuts out of `key_value_up` at every token."""
-        self.absorbed = nnx.List([nnx.Cache(matrix) for matrix in self._absorbed()])
+        """Keep what `decode` multiplies with, which it otherwise cuts out of `key_value_up` at every token.
+
+        Where that makes no more numbers to read, as in small models, each expansion is merged with the projection next
+        to it: two products fewer a layer and token.
+        """
+        if hasattr(self, "absorbed") or hasattr(self, "merged"):
+            return
+        (key_up_HPC, value_up_HCV), query_up_QHd, output_HVD = self._absorbed(), self._query_up()[...], self.output[...]
+        apart = key_up_HPC.size + value_up_HCV.size + query_up_QHd.size + output_HVD.size
+        (inputs, heads, _), (*_, rank), width = query_up_QHd.shape, key_up_HPC.shape, output_HVD.shape[-1]
+        if self.dtype != jnp.float32 or heads * (inputs * self.model.cache_width + rank * width) > apart:
+            self.absorbed = nnx.List([nnx.Cache(key_up_HPC), nnx.Cache(value_up_HCV)])
+            return
+        nope_QHP, rope_QHR = jnp.split(query_up_QHd, [self.model.nope_head_dim], axis=-1)
+        query_QHC = contract("qhp,hpc->qhc", nope_QHP, key_up_HPC, self.dtype)
+        query_QHX = jnp.concatenate([query_QHC, rope_QHR], axis=-1)
+        output_MD = contract("hcv,hvd->hcd", value_up_HCV, output_HVD, self.dtype).reshape(-1, width)
+        self.merged = nnx.List([nnx.Cache(query_QHX), nnx.Cache(output_MD)])
 
     def _absorbed(self) -> tuple[Array, Array]:
         """The expansion to keys [H, P, C] and that to values [H, C, V], a matrix a head."""
@@ -107,15 +117,31 @@ class MultiHeadLatentAttention(nnx.Module):
         key_up_CHP, value_up_CHV = jnp.split(up_CHd, [self.model.nope_head_dim], axis=-1)
         return key_up_CHP.transpose(1, 2, 0), value_up_CHV.swapaxes(0, 1)
 
+    def _latent_queries(self, x_BSD: Array, by: Rotation) -> Array:
+        """What each head asks a cache's entries, [B, S, H, C + R]."""
+        if hasattr(self, "merged"):
+            query_BSHX = contract("bsq,qhx->bshx", self._query_input(x_BSD), self.merged[0][...], self.dtype)
+            query_BSHC, rope_BSHR = jnp.split(query_BSHX, [self.model.key_value_latent], axis=-1)
+            return jnp.concatenate([query_BSHC, rotate(rope_BSHR, by)], axis=-1)
+        query_nope_BSHP, query_rope_BSHR = self._queries(x_BSD, by)
+        query_BSHC = contract("bshp,hpc->bshc", query_nope_BSHP, self._absorbed()[0], self.dtype)
+        return jnp.concatenate([query_BSHC, query_rope_BSHR], axis=-1)
+
     def _queries(self, x_BSD: Array, by: Rotation) -> tuple[Array, Array]:
         """The no-rope part [B, S, H, P] and the rotated part [B, S, H, R] of each head's query."""
-        if self.model.query_latent is None:
-            query_BSHd = self._contract("bsd,dhe->bshe", x_BSD, self.query)
-        else:
-            latent_BSQ = self.query_norm(kept(self._contract("bsd,dq->bsq", x_BSD, self.query_down), "latent"))
-            query_BSHd = self._contract("bsq,qhe->bshe", latent_BSQ, self.query_up)
+        query_BSHd = self._contract("bsq,qhd->bshd", self._query_input(x_BSD), self._query_up())
         nope_BSHP, rope_BSHR = jnp.split(query_BSHd, [self.model.nope_head_dim], axis=-1)
         return nope_BSHP, rotate(rope_BSHR, by)
+
+    def _query_input(self, x_BSD: Array) -> Array:
+        """What queries are projected from: their latent [B, S, Q], or x itself in a model without."""
+        if self.model.query_latent is None:
+            return x_BSD
+        return self.query_norm(kept(self._contract("bsd,dq->bsq", x_BSD, self.query_down), "latent"))
+
+    def _query_up(self) -> nnx.Param:
+        """To all heads' queries, [Q, H, P + R]; [D, H, P + R] in a model without query latent."""
+        return self.query if self.model.query_latent is None else self.query_up
 
     def _output(self, mixed_BSHV: Array) -> Array:
         """[B, S, D], summed over the heads of every device."""

@@ -2,22 +2,23 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.kernels.grouped_matmul import chosen_matmul, grouped_matmul
+from dsv3_jax.kernels.grouped_matmul import grouped_matmul
 from dsv3_jax.kernels.weighted_swiglu import weighted_swiglu
-from dsv3_jax.model.layers import FeedForward, kept, parameter, whole
+from dsv3_jax.model.layers import FeedForward, contract, kept, parameter, whole
 from dsv3_jax.model.router import Router, balance_loss, expert_load
-from sharding.collectives import axis_size, spread
+from sharding.collectives import axis_size, spread, spread_like
 from sharding.dispatch import Routes, through_experts
 from sharding.mesh import platform
 from sharding.rules import EXPERT_AXES, TENSOR_AXES
 
-# Up to so many rows a CPU is faster with a matrix copied for every row than with rows ordered by expert and a loop.
-FEW_ROWS = 8
+# Up to so many tokens a CPU is faster with every chosen expert applied to all of them than with rows sorted by expert.
+FEW_TOKENS = 8
 
 
 class RouterStatistics(NamedTuple):
@@ -54,13 +55,30 @@ def answered(matrices: tuple[Array, Array], rows_MD: Array, weights_M: Array, gr
     return grouped_matmul(weighted_swiglu(gate_and_up_MG, weights_M), down_eFD, group_sizes_e)
 
 
-def answered_by_choice(matrices: tuple[Array, Array], x_ND: Array, weights_NK: Array, experts_NK: Array) -> Array:
-    """Each token's weighted sum of its experts' answers, [N, D], of few tokens whose experts are all here."""
+def answered_one_by_one(matrices: tuple[Array, Array], x_ND: Array, weights_NK: Array, experts_NK: Array) -> Array:
+    """Each token's weighted sum of its experts' answers, [N, D], of few tokens whose experts are all here.
+
+    Expert after expert, without those that nobody chose: a matrix is fetched once for all tokens. Beside so few of them
+    a matrix a row, or rows sorted by expert, would take longer than the products.
+    """
     gate_up_EDcF, down_EFD = matrices
-    choice_M, rows_MD = experts_NK.reshape(-1), jnp.repeat(x_ND, experts_NK.shape[1], axis=0)
-    gate_and_up_MG = chosen_matmul(rows_MD, gate_up_EDcF.reshape(*gate_up_EDcF.shape[:2], -1), choice_M)
-    answer_MD = chosen_matmul(weighted_swiglu(gate_and_up_MG, weights_NK.reshape(-1)), down_EFD, choice_M)
-    return answer_MD.reshape(*experts_NK.shape, -1).astype(jnp.float32).sum(axis=1).astype(answer_MD.dtype)
+    dtype, float32 = gate_up_EDcF.dtype, jnp.dtype(jnp.float32)
+    count = gate_up_EDcF.shape[0]
+    gate_up_EDG = gate_up_EDcF.reshape(*gate_up_EDcF.shape[:2], -1)
+    weights_NE = jnp.where(experts_NK[:, :, None] == jnp.arange(count), weights_NK[:, :, None], 0).sum(axis=1)
+
+    def add(expert: Array, sum_ND: Array) -> Array:
+        weights_N = weights_NE[:, expert]
+
+        def answer() -> Array:
+            gate_and_up_NG = contract("nd,dg->ng", x_ND, gate_up_EDG[expert], dtype)
+            weighted_NF = weighted_swiglu(gate_and_up_NG, weights_N)
+            return sum_ND + contract("nf,fd->nd", weighted_NF, down_EFD[expert], dtype, float32)
+
+        return jax.lax.cond((weights_N != 0).any(), answer, lambda: sum_ND)
+
+    zeros_ND = spread_like(jnp.zeros(x_ND.shape, float32), x_ND, gate_up_EDG, weights_NK)
+    return jax.lax.fori_loop(0, count, add, zeros_ND).astype(x_ND.dtype)
 
 
 class MixtureOfExperts(nnx.Module):
@@ -91,8 +109,8 @@ class MixtureOfExperts(nnx.Module):
 
     def _routed(self, x_ND: Array, weights_NK: Array, experts_NK: Array) -> Array:
         model, matrices = self.model, self.experts.matrices()
-        if experts_NK.size <= FEW_ROWS and axis_size(EXPERT_AXES) == 1 and platform() == "cpu":
-            return answered_by_choice(matrices, x_ND, weights_NK, experts_NK)
+        if len(x_ND) <= FEW_TOKENS and axis_size(EXPERT_AXES) == 1 and platform() == "cpu":
+            return answered_one_by_one(matrices, x_ND, weights_NK, experts_NK)
         routes = Routes(
             model.experts,
             model.expert_groups,

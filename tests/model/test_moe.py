@@ -46,6 +46,7 @@ def _reference(x_SD: np.ndarray, weights: Tree, model: ModelConfig):
     [
         ({}, 3, 30),
         ({}, 1, 1),
+        ({}, 4, 2),
         ({"shared_experts": 0}, 2, 5),
         (
             {"score_function": "softmax", "group_score": "max", "selection_bias": False, "normalize_weights": False},
@@ -54,7 +55,7 @@ def _reference(x_SD: np.ndarray, weights: Tree, model: ModelConfig):
         ),
         ({"experts_per_token": 8, "groups_per_token": 4}, 2, 7),
     ],
-    ids=["v3", "one_token", "no_shared_expert", "v2", "every_expert"],
+    ids=["v3", "one_token", "few_tokens", "no_shared_expert", "v2", "every_expert"],
 )
 def test_each_token_is_the_weighted_sum_of_its_experts_and_the_shared_one(tiny_model, compare, changes, rows, length):
     compare(tiny_model(**changes), rows, length)
@@ -64,19 +65,21 @@ def test_trap_R8_the_routed_scale_leaves_the_shared_experts_alone(tiny_model, co
     compare(tiny_model(shared_experts=3, routed_scale=16.0), 2, 5)
 
 
-@pytest.mark.parametrize("busy", [[0, 1, 4], [5, 6, 7]], ids=["first", "last"])
-def test_experts_without_a_token_change_nothing_and_get_no_gradient(tiny_model, busy):
+@pytest.mark.parametrize(
+    ("busy", "length"), [([0, 1, 4], 20), ([5, 6, 7], 20), ([5, 6, 7], 4)], ids=["first", "last", "few_tokens"]
+)
+def test_experts_without_a_token_change_nothing_and_get_no_gradient(tiny_model, busy, length):
     """All tokens at the same three experts, as far from balance as routing can be."""
     model = tiny_model()
     block, weights = random_module(MixtureOfExperts, model)
     weights["router"]["bias"] = np.where(np.isin(np.arange(8), busy), 9.0, -9.0).astype(np.float32)
     block.router.bias[...] = weights["router"]["bias"]
-    x_BSD = _inputs(model, 2, 20)
+    x_BSD = _inputs(model, 2, length)
     (found, statistics), gradients = _outputs_and_gradients(*nnx.split(block, nnx.Param, ...), x_BSD)
     wanted = [_reference(x_SD, weights, model)[0] for x_SD in x_BSD]
     np.testing.assert_allclose(found, wanted, atol=2e-5 * np.std(wanted))
     idle = np.setdiff1d(np.arange(8), busy)
-    np.testing.assert_array_equal(statistics.load_E, np.isin(np.arange(8), busy) * 40)
+    np.testing.assert_array_equal(statistics.load_E, np.isin(np.arange(8), busy) * 2 * length)
     for gradient in jax.tree.leaves(nnx.to_pure_dict(gradients)["experts"]):
         np.testing.assert_array_equal(np.asarray(gradient)[idle], 0.0)
         assert (np.abs(np.asarray(gradient)[busy]).reshape(3, -1).max(axis=1) > 0).all()
