@@ -124,6 +124,7 @@ def _model(service: Service) -> dict[str, Any]:
         "created": service.created,
         "owned_by": "dsv3_jax",
         "max_model_len": service.context,
+        "routing": service.routing,
     }
 
 
