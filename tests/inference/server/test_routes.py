@@ -270,8 +270,14 @@ def test_what_there_is_to_know(client, service):
     assert client.get("/health").json() == {"status": "ok"}
     assert client.get("/statistics").json()["tokens_per_pass"] == 1.75
     page = client.get("/")
-    assert "<!DOCTYPE html>" in page.text and "http://" not in page.text and "https://" not in page.text
-    assert "default-src 'none'" in page.headers["content-security-policy"]
+    assert "<!DOCTYPE html>" in page.text and page.headers["content-type"] == "text/html; charset=utf-8"
+    parts = {part: client.get(f"/page/{part}") for part in ("style.css", "chat.js", "experts.js")}
+    assert all(f"page/{part}" in page.text for part in ("style.css", "chat.js"))
+    for part in (page, *parts.values()):
+        assert part.status_code == 200 and "http://" not in part.text and "https://" not in part.text
+        assert "default-src 'none'" in part.headers["content-security-policy"]
+    assert parts["chat.js"].headers["content-type"] == "text/javascript; charset=utf-8"
+    assert client.get("/page/app.py").status_code == 404
     service.fail("the engine has failed")
     assert client.get("/health").status_code == 503
     assert client.post("/v1/completions", json={"prompt": "x"}).status_code == 503
