@@ -47,7 +47,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "bad_words": ([],),
     "allowed_token_ids": (),
     "prompt_logprobs": (),
-    # SGLang's and vLLM's, which ask for another form: base64, the prompt's tokens included.
+    # SGLang's, which asks for another form than `routed_experts`: base64, the prompt's tokens included.
     "return_routed_experts": (False,),
     "truncate_prompt_tokens": (),
     "skip_special_tokens": (True,),
