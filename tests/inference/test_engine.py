@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from dsv3_jax.data.tokenizer import special_tokens
 from dsv3_jax.inference.engine import Engine
@@ -15,6 +16,7 @@ from dsv3_jax.inference.generation import Generator
 from dsv3_jax.inference.requests import EngineBusy, EngineError, Event, Request
 from dsv3_jax.inference.sampling import Sampling
 from dsv3_jax.model.functional import abstract_trees, put_together, skeleton_of, take_apart
+from dsv3_jax.model.transformer import Transformer
 from tests.reference.transformer import hidden_states, plain_row
 
 GREEDY = Sampling(temperature=0.0)
@@ -271,6 +273,17 @@ def test_the_experts_of_each_token_are_those_of_the_whole_forward_pass_at_the_po
     after = engine.statistics()
     assert after.reused_tokens - before.reused_tokens == 2 * 32
     assert not drafts or after.accepted[0] > before.accepted[0]
+
+
+def test_a_model_without_moe_layers_has_an_empty_list_of_them_a_token(model):
+    def decoded() -> jax.Array:
+        dense, positions_BS = (
+            Transformer(dataclasses.replace(model.model, layers=1), nnx.Rngs(0)),
+            np.zeros((2, 1), int),
+        )
+        return dense.decode(positions_BS, dense.empty_cache(2, 8), positions_BS)[2]
+
+    assert np.zeros(jax.eval_shape(decoded).shape)[0].tolist() == [[]]
 
 
 def test_nan_ends_its_request_and_harms_no_other(drafting, tokenizer, alone, drafts):

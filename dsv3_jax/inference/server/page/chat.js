@@ -165,7 +165,10 @@ async function send(text) {
     if (failed && !reply?.answer) turns.pop();
     else turns.push({role: "assistant", content: reply.answer});
   }
-  if (!failed) showNumbers(tokens || reply.routed?.tokens.length || chunks, first, last, before, await getJson("/statistics").catch(() => null));
+  if (failed) return;
+  // A reply that was stopped has no usage.
+  const counted = tokens || reply.routed?.tokens.length || chunks;
+  showNumbers(counted, first, last, before, await getJson("/statistics").catch(() => null));
 }
 
 async function findModel() {
@@ -196,7 +199,7 @@ $("clear").addEventListener("click", () => {
   look();
   $("input").focus();
 });
-for (const kind of ["pointerover", "pointerleave", "focusin", "focusout"]) $("messages").addEventListener(kind, () => look());
+for (const kind of ["pointerover", "pointerleave", "focusin", "focusout"]) $("messages").addEventListener(kind, look);
 $("messages").addEventListener("keydown", event => {
   const step = {ArrowLeft: -1, ArrowRight: 1}[event.key], token = event.target.closest(".token");
   if (!step || !token) return;

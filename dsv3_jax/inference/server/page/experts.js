@@ -12,7 +12,8 @@ export class RoutedReply {
 
   // Returns the new token's place.
   add(experts) {
-    experts.forEach((ofLayer, layer) => ofLayer.forEach(expert => this.counts[layer * this.routing.experts + expert]++));
+    const row = layer => layer * this.routing.experts;
+    experts.forEach((ofLayer, layer) => ofLayer.forEach(expert => this.counts[row(layer) + expert]++));
     return this.tokens.push(experts) - 1;
   }
 }
@@ -84,7 +85,8 @@ export class ExpertPanel {
     const {first_layer: first, layers, experts, experts_per_token: chosen} = routing, of = tokens.length;
     find("layers").replaceChildren(...ends(first, first + layers - 1, "layer"));
     find("columns").replaceChildren(...ends(0, experts - 1, "expert"));
-    find("chosen").textContent = `of token ${places.map(place => place + 1).join(", ")} of ${of} ${JSON.stringify(this.text)}`;
+    const numbers = places.map(place => place + 1).join(", ");
+    find("chosen").textContent = `of token ${numbers} of ${of} ${JSON.stringify(this.text)}`;
     const busiest = counts.reduce((best, count, cell) => count > counts[best] ? cell : best, 0);
     find("spread").textContent = [
       `${percent(counts.filter(Boolean).length / counts.length)} of the experts used`,
