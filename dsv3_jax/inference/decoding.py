@@ -121,7 +121,7 @@ def _decode_chunk(
     def one_pass(carry: tuple[Rows, Made]) -> tuple[Rows, Made]:
         rows, made = carry
         going_B = rows.tokens_B != vocabulary.end
-        new_Bn, accepted_B, _, rows = next_tokens(model, drafts, rows, inputs, vocabulary)
+        new_Bn, accepted_B, _, _, rows = next_tokens(model, drafts, rows, inputs, vocabulary)
         # Up to the end token, if a draft is one.
         place_n = jnp.arange(drafts + 1)
         before_Bn = jnp.cumsum(new_Bn == vocabulary.end, axis=1) - (new_Bn == vocabulary.end)
@@ -151,24 +151,25 @@ def _decode_chunk(
 
 def next_tokens(
     model: Transformer, drafts: int, rows: Rows, inputs: SamplingInputs, vocabulary: Vocabulary
-) -> tuple[Array, Array, Array, Rows]:
+) -> tuple[Array, Array, Array, Array, Rows]:
     """One pass of the model over the newest token and its drafts.
 
     Returns the next tokens, int32 [B, n], of which the drafts that stay and one more count; how many stay, int32 [B];
-    the model's own logits for each, float32 [B, n, W]; and the rows with caches and drafts of what comes after, their
-    newest token still the one before.
+    the model's own logits for each, float32 [B, n, W]; the experts that made these, those of the position before each
+    token, int32 [B, n, L, K]; and the rows with caches and drafts of what comes after, their newest token still the
+    one before.
     """
     at_B1 = rows.positions_B[:, None]
     if rows.drafts is None or rows.draft_cache is None:
-        hidden_B1D, cache = model.decode(rows.tokens_B[:, None], rows.cache, at_B1)
+        hidden_B1D, cache, experts_B1LK = model.decode(rows.tokens_B[:, None], rows.cache, at_B1)
         logits_B1W = known_logits(model, model.norm(hidden_B1D), vocabulary)
         logits_BW = penalized(logits_B1W[:, 0], inputs, rows.history)
         next_B = choose_tokens(logits_BW, inputs, rows.positions_B + 1)
         rows = rows._replace(cache=cache, history=_with_tokens(rows.history, next_B))
-        return next_B[:, None], jnp.zeros_like(next_B), logits_B1W, rows
+        return next_B[:, None], jnp.zeros_like(next_B), logits_B1W, experts_B1LK, rows
     positions_Bn = at_B1 + jnp.arange(drafts + 1)
     tokens_Bn = jnp.concatenate([rows.tokens_B[:, None], rows.drafts.tokens_Bk], axis=1)
-    hidden_BnD, cache = model.decode(tokens_Bn, rows.cache, positions_Bn)
+    hidden_BnD, cache, experts_BnLK = model.decode(tokens_Bn, rows.cache, positions_Bn)
     own_BnW = logits_BnW = known_logits(model, model.norm(hidden_BnD), vocabulary)
     if rows.history is not None:
         # Each position has heard of the drafts before it.
@@ -192,7 +193,8 @@ def next_tokens(
         history = _with_tokens(history, new_Bn[:, place], stays_Bn[:, place])
     after = Rows(cache, next_B, rows.positions_B + accepted_B + 1, None, None, history)
     after = with_drafts(model, after, drafts, state_B1D, draft_cache, inputs, vocabulary)
-    return new_Bn, accepted_B, own_BnW, after._replace(tokens_B=rows.tokens_B, positions_B=rows.positions_B)
+    after = after._replace(tokens_B=rows.tokens_B, positions_B=rows.positions_B)
+    return new_Bn, accepted_B, own_BnW, experts_BnLK, after
 
 
 def with_drafts(

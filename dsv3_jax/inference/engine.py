@@ -27,7 +27,7 @@ from dsv3_jax.model.transformer import Transformer
 STEPS_BESIDE_PROMPTS = 4
 """Passes between two pieces of prompts."""
 IDLE_SECONDS = 0.1
-NOTHING: New = ([], None)
+NOTHING = New([], None, None)
 
 
 class Engine:
@@ -226,7 +226,7 @@ class Engine:
 
     def _add(self, ticket: Ticket, new: New) -> None:
         """Tokens that the ticket's slot has made."""
-        ids, _ = new
+        ids = new.token_ids
         if ids[-1] >= self._limits.words:
             self._end(ticket, NOTHING, "error", "the model's logits are NaN")
             return
@@ -238,7 +238,7 @@ class Engine:
             self._keep(ticket, self._keys(ticket.request.token_ids + ticket.generated))
             self._end(ticket, new, "stop" if ended else "length")
         else:
-            self._tell(ticket, Event(*new, None))
+            self._tell(ticket, new.event(None))
 
     def _keys(self, token_ids: list[int]) -> list[bytes]:
         # An entry of the MTP module's cache depends on one token more than its position's.
@@ -255,7 +255,7 @@ class Engine:
             self._free_slots.append(ticket.slot)
             self._pages.release(ticket.pages)
             ticket.slot, ticket.pages = None, ()
-        self._tell(ticket, Event(*new, finish, message))
+        self._tell(ticket, new.event(finish, message))
 
     def _end_all(self, finish: Finish, message: str) -> None:
         with self._changed:

@@ -1,5 +1,7 @@
 """The engine's device: requests and their pages in, tokens out; in between arrays of few shapes."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from tokenizers import Tokenizer
 from dsv3_jax.inference.decoding import LONGEST_CHUNK, Vocabulary
 from dsv3_jax.inference.engine_slots import Asked, Decoded, Logprobs, Piece, empty_slots
 from dsv3_jax.inference.engine_steps import compiled_steps
-from dsv3_jax.inference.requests import Request, Ticket, TokenLogprobs
+from dsv3_jax.inference.requests import Event, Finish, Request, RoutedExperts, Ticket, TokenLogprobs
 from dsv3_jax.inference.sampling import SamplingInputs
 from dsv3_jax.inference.weights import ready_to_decode
 from dsv3_jax.model.transformer import Transformer
@@ -17,8 +19,16 @@ from dsv3_jax.model.transformer import Transformer
 LEAST_TABLE = 4
 SHORTEST_PIECE = 16
 
-# The new tokens of a request, and their log probabilities if it asked for them.
-New = tuple[list[int], list[TokenLogprobs] | None]
+
+class New(NamedTuple):
+    """The new tokens of a request, and what it asked to know about them."""
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None
+    routed_experts: RoutedExperts | None
+
+    def event(self, finish: Finish | None, message: str | None = None) -> Event:
+        return Event(self.token_ids, self.logprobs, finish, message, self.routed_experts)
 
 
 class Device:
@@ -84,12 +94,13 @@ class Device:
             *of_slot,
             jnp.bool_(is_last and wants_logprobs),
         )
-        self._slots, token, logprobs = self._prefill(self._leaves, self._slots, piece, self._vocabulary)
+        self._slots, token, logprobs, experts_LK = self._prefill(self._leaves, self._slots, piece, self._vocabulary)
         ticket.prefilled += count
         if not is_last:
-            return [], None  # nobody waits for the device
+            return New([], None, None)  # nobody waits for the device
         logprobs = jax.tree.map(lambda array: np.asarray(array)[None], logprobs)
-        return [int(token)], told(logprobs, 1, request.logprobs)
+        routed_experts = [np.asarray(experts_LK).tolist()] if request.routed_experts else None
+        return New([int(token)], told(logprobs, 1, request.logprobs), routed_experts)
 
     def decode(self, tickets: list[Ticket], steps: int, until_one_ends: bool) -> tuple[list[New], Decoded]:
         """At most `steps` passes over these tickets' slots. Returns the new tokens of each, and all the numbers."""
@@ -111,12 +122,16 @@ class Device:
             jnp.bool_(wants_logprobs),
         )
         self._slots, decoded = self._decode(self._leaves, self._slots, asked, self._vocabulary)
+        if not any(ticket.request.routed_experts for ticket in tickets):
+            decoded = decoded._replace(experts_BCLK=None)  # they stay where they are
         decoded = jax.device_get(decoded)
         new: list[New] = []
         for ticket, slot in zip(tickets, slots, strict=True):
-            count = int(decoded.count_B[slot])
+            request, count = ticket.request, int(decoded.count_B[slot])
             of_slot = jax.tree.map(lambda array, slot=slot: array[slot], decoded.logprobs_BC)
-            new.append((decoded.tokens_BC[slot, :count].tolist(), told(of_slot, count, ticket.request.logprobs)))
+            routed_experts = decoded.experts_BCLK[slot, :count].tolist() if request.routed_experts else None
+            ids = decoded.tokens_BC[slot, :count].tolist()
+            new.append(New(ids, told(of_slot, count, request.logprobs), routed_experts))
         return new, decoded
 
     def _table(self, tickets: list[Ticket], positions: int) -> np.ndarray:

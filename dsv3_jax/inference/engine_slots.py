@@ -83,6 +83,8 @@ class Decoded(NamedTuple):
     """int32, the first `count_B` of each slot."""
     count_B: Array
     logprobs_BC: Logprobs
+    experts_BCLK: Array
+    """int32, the experts that made each token, in every MoE layer."""
     accepted_k: Array
     """int32, how often each draft stayed, over slots and passes."""
     passes: Array

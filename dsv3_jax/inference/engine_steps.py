@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from dsv3_jax.config import ModelConfig
 from dsv3_jax.inference.decoding import LONGEST_CHUNK, Rows, Vocabulary, known_logits, next_tokens, with_drafts
 from dsv3_jax.inference.engine_slots import (
     Asked,
@@ -41,15 +42,16 @@ def compiled_steps(structure: jax.tree_util.PyTreeDef, drafts: int) -> tuple[Cal
 
 def _prefill(
     model: Transformer, drafts: int, slots: Slots, piece: Piece, vocabulary: Vocabulary
-) -> tuple[Slots, Array, Logprobs]:
-    """A piece of a prompt into the slot's pages. Returns also the token after it, int32, and its log probabilities.
+) -> tuple[Slots, Array, Logprobs, Array]:
+    """A piece of a prompt into the slot's pages. Returns also the token after it, int32, its log probabilities, and the
+    experts that made it, int32 [L, K].
 
     Every piece leaves the slot as if it were the last one; the last one does.
     """
     place_1S = jnp.arange(len(piece.tokens_S))[None]
     positions_1S = jnp.where(place_1S < piece.length, piece.start + place_1S, NOWHERE)
     cache, draft_cache = paged(slots, piece.table_G[None])
-    hidden_1SD, cache = model.decode(piece.tokens_S[None], cache, positions_1S)
+    hidden_1SD, cache, experts_1SLK = model.decode(piece.tokens_S[None], cache, positions_1S)
     last_111 = (piece.length - 1)[None, None, None]
     logits_11W = known_logits(model, model.norm(jnp.take_along_axis(hidden_1SD, last_111, axis=1)), vocabulary)
     history = History(piece.prompt_W[None], jnp.zeros((1, len(piece.prompt_W)), jnp.int32))
@@ -76,7 +78,7 @@ def _prefill(
         ends_BW=placed(slots.ends_BW, piece.ends_W[None]),
     )
     logprobs = jax.tree.map(lambda of_11: of_11[0, 0], _logprobs(logits_11W, token_1[None], piece.wants_logprobs))
-    return slots, token_1[0], logprobs
+    return slots, token_1[0], logprobs, experts_1SLK[0, piece.length - 1]
 
 
 def _decode(
@@ -98,7 +100,7 @@ def _decode(
         going_B = left_B > 0
         # A slot that does not go on writes nowhere.
         placed = rows._replace(positions_B=jnp.where(going_B, rows.positions_B, NOWHERE))
-        new_Bn, accepted_B, logits_BnW, after = next_tokens(model, drafts, placed, inputs, vocabulary)
+        new_Bn, accepted_B, logits_BnW, experts_BnLK, after = next_tokens(model, drafts, placed, inputs, vocabulary)
         place_n = jnp.arange(drafts + 1)
         # NaN logits give an id beyond the vocabulary.
         ends_Bn = jnp.take_along_axis(slots.ends_BW, new_Bn, axis=1, mode="clip") | (new_Bn >= slots.ends_BW.shape[1])
@@ -115,6 +117,7 @@ def _decode(
             put(decoded.tokens_BC, new_Bn),
             decoded.count_B + count_B,
             jax.tree.map(put, decoded.logprobs_BC, _logprobs(logits_BnW, new_Bn, asked.wants_logprobs)),
+            put(decoded.experts_BCLK, experts_BnLK),
             decoded.accepted_k + (going_B[:, None] & (place_n[1:] <= accepted_B[:, None])).sum(0, dtype=jnp.int32),
             decoded.passes + going_B.sum(dtype=jnp.int32),
         )
@@ -125,7 +128,7 @@ def _decode(
         ended_B = (kept_Bn & ends_Bn).any(axis=1)
         return rows, jnp.where(ended_B, 0, left_B - count_B), step + 1, decoded
 
-    empty = _nothing_decoded(len(active_B), drafts, slots.ends_BW.shape[1])
+    empty = _nothing_decoded(len(active_B), drafts, model.model)
     rows, _, _, decoded = jax.lax.while_loop(goes_on, one_pass, (rows, asked.left_B, jnp.int32(0), empty))
     assert rows.history is not None
     slots = with_rows(slots, rows)._replace(
@@ -134,13 +137,14 @@ def _decode(
     return slots, decoded
 
 
-def _nothing_decoded(batch: int, drafts: int, words: int) -> Decoded:
+def _nothing_decoded(batch: int, drafts: int, config: ModelConfig) -> Decoded:
     tokens = batch, LONGEST_CHUNK * (drafts + 1)
-    most = *tokens, min(MOST_LOGPROBS, words)
+    most = *tokens, min(MOST_LOGPROBS, config.vocabulary)
     return Decoded(
         jnp.zeros(tokens, jnp.int32),
         jnp.zeros(batch, jnp.int32),
         Logprobs(jnp.zeros(tokens), jnp.zeros(most, jnp.int32), jnp.zeros(most)),
+        jnp.zeros((*tokens, config.moe_layers, config.experts_per_token), jnp.int32),
         jnp.zeros(drafts, jnp.int32),
         jnp.int32(0),
     )

@@ -35,6 +35,8 @@ class Request:
     """Log probabilities of every token and of so many of the most probable ones in its place; None: of none."""
     sample_index: int = 0
     """Several samples of one prompt with one seed differ by it."""
+    routed_experts: bool = False
+    """Tell the experts that made each token."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,12 @@ class TokenLogprobs(NamedTuple):
     """The most probable ids and theirs, the most probable first."""
 
 
+RoutedExperts = list[list[list[int]]]
+"""[tokens, MoE layers, experts a token]: what made each token. These are the experts that the main model chose, in its
+routers' order, at the position before the token, in the pass that predicted it: the newest token's position, a
+draft's that stayed, or for the first token the prompt's last. An MTP module's experts are not among them."""
+
+
 class Event(NamedTuple):
     """More of one request's result."""
 
@@ -89,6 +97,8 @@ class Event(NamedTuple):
     """Why nothing follows; None: more follows."""
     message: str | None = None
     """What the error was."""
+    routed_experts: RoutedExperts | None = None
+    """One a token, if they were asked for."""
 
 
 @dataclass(eq=False)

@@ -10,6 +10,7 @@ from dsv3_jax.model.cache import Latents, read, write
 from dsv3_jax.model.layers import FeedForward, RMSNorm, kept
 from dsv3_jax.model.moe import MixtureOfExperts, RouterStatistics
 from dsv3_jax.model.rope import Rotation
+from dsv3_jax.model.router import Routing
 from sharding.collectives import summed
 from sharding.rules import TENSOR_AXES
 
@@ -27,30 +28,35 @@ class Block(nnx.Module):
             self.feed_forward = FeedForward(model.width, model.dense_ffn_width, model.initializer_std, dtype, rngs)
         else:
             self.feed_forward = MixtureOfExperts(model, rngs)
+        self.model = model
 
     def __call__(
         self, x_BSD: Array, by: Rotation, segment_ids_BS: Array | None, valid_BS: Array
     ) -> tuple[Array, Array, RouterStatistics | None]:
         """Whole rows. Returns the residual stream, what a cache keeps [B, S, C + R], and a MoE block's statistics."""
         attended_BSD, latent_BSX = self.attention(self.attention_norm(x_BSD), by, segment_ids_BS)
-        x_BSD, statistics = self._feed(kept(x_BSD + attended_BSD, "attended"), valid_BS)
+        x_BSD, routing = self._feed(kept(x_BSD + attended_BSD, "attended"))
+        statistics = None if routing is None else RouterStatistics.of(routing, valid_BS, self.model)
         return x_BSD, latent_BSX, statistics
 
-    def decode(self, x_BSD: Array, by: Rotation, cache: Latents, positions_BS: Array) -> tuple[Array, Latents]:
+    def decode(
+        self, x_BSD: Array, by: Rotation, cache: Latents, positions_BS: Array
+    ) -> tuple[Array, Latents, Array | None]:
         """New tokens against this block's cache.
 
-        Returns the residual stream and the cache with the new tokens' latents written at their positions.
+        Returns the residual stream, the cache with the new tokens' latents written at their positions, and the experts
+        that a MoE block chose for each token, int32 [B, S, K] in the router's order.
         """
         normed_BSD = self.attention_norm(x_BSD)
         cache = write(cache, self.attention.latent(normed_BSD, by), positions_BS)
         attended_BSD = self.attention.decode(normed_BSD, by, read(cache, positions_BS), positions_BS)
-        x_BSD, _ = self._feed(x_BSD + attended_BSD, jnp.ones(x_BSD.shape[:2], bool))
-        return x_BSD, cache
+        x_BSD, routing = self._feed(x_BSD + attended_BSD)
+        return x_BSD, cache, None if routing is None else routing.experts_NK.reshape(*x_BSD.shape[:2], -1)
 
-    def _feed(self, x_BSD: Array, valid_BS: Array) -> tuple[Array, RouterStatistics | None]:
+    def _feed(self, x_BSD: Array) -> tuple[Array, Routing | None]:
         normed_BSD = self.feed_forward_norm(x_BSD)
         if isinstance(self.feed_forward, MixtureOfExperts):
-            fed_BSD, statistics = self.feed_forward(normed_BSD, valid_BS)
+            fed_BSD, routing = self.feed_forward(normed_BSD)
         else:
-            fed_BSD, statistics = self.feed_forward(normed_BSD), None
-        return x_BSD + summed(fed_BSD, TENSOR_AXES), statistics
+            fed_BSD, routing = self.feed_forward(normed_BSD), None
+        return x_BSD + summed(fed_BSD, TENSOR_AXES), routing

@@ -11,7 +11,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.kernels.grouped_matmul import grouped_matmul
 from dsv3_jax.kernels.weighted_swiglu import weighted_swiglu
 from dsv3_jax.model.layers import FeedForward, contract, kept, parameter, whole
-from dsv3_jax.model.router import Router, balance_loss, expert_load
+from dsv3_jax.model.router import Router, Routing, balance_loss, expert_load
 from sharding.collectives import axis_size, spread, spread_like
 from sharding.dispatch import Routes, through_experts
 from sharding.mesh import platform
@@ -28,6 +28,12 @@ class RouterStatistics(NamedTuple):
     """int32, tokens sent to each expert, padding not counted."""
     balance: Array
     """float32, sequence-wise balance loss summed over the rows, without its weight."""
+
+    @classmethod
+    def of(cls, routing: Routing, valid_BS: Array, model: ModelConfig) -> "RouterStatistics":
+        """Over the valid tokens."""
+        load_E = expert_load(routing.experts_NK, valid_BS.reshape(-1), model.experts)
+        return cls(load_E, balance_loss(routing, valid_BS, model))
 
 
 class Experts(nnx.Module):
@@ -91,8 +97,8 @@ class MixtureOfExperts(nnx.Module):
             self.shared = FeedForward(model.width, shared_width, model.initializer_std, dtype, rngs)
         self.model = model
 
-    def __call__(self, x_BSD: Array, valid_BS: Array) -> tuple[Array, RouterStatistics]:
-        """The block's output [B, S, D] and the statistics of its routing over the valid tokens.
+    def __call__(self, x_BSD: Array) -> tuple[Array, Routing]:
+        """The block's output [B, S, D] and the routing of its N = B * S tokens.
 
         Every token passes through all its experts: there is no capacity and nothing is dropped. The output is a sum
         over this device's part of the experts' widths, as a FeedForward's is.
@@ -104,8 +110,7 @@ class MixtureOfExperts(nnx.Module):
         out_BSD = out_ND.reshape(x_BSD.shape)
         if model.shared_experts:
             out_BSD = out_BSD + self.shared(x_BSD)
-        load_E = expert_load(routing.experts_NK, valid_BS.reshape(-1), model.experts)
-        return out_BSD, RouterStatistics(load_E, balance_loss(routing, valid_BS, model))
+        return out_BSD, routing
 
     def _routed(self, x_ND: Array, weights_NK: Array, experts_NK: Array) -> Array:
         model, matrices = self.model, self.experts.matrices()

@@ -63,7 +63,7 @@ class MultiTokenPrediction(nnx.Module):
         self, hidden_BSD: Array, embedded_BSD: Array, by: Rotation, cache: Latents, positions_BS: Array
     ) -> tuple[Array, Latents]:
         """As a call on new positions, against this module's own cache. Returns the states and the cache with them."""
-        x_BSD, cache = self.block.decode(self.combine(hidden_BSD, embedded_BSD), by, cache, positions_BS)
+        x_BSD, cache, _ = self.block.decode(self.combine(hidden_BSD, embedded_BSD), by, cache, positions_BS)
         return self.norm(x_BSD), cache
 
     def combine(self, hidden_BSD: Array, embedded_BSD: Array) -> Array:

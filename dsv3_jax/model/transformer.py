@@ -122,21 +122,26 @@ class Transformer(nnx.Module):
 
         def body(block: Block, x_BSD: Array, cache_BTX: Array):
             x_BSD, latent_BSX, _ = block(x_BSD, by, None, valid_BS)
-            return x_BSD, jax.lax.dynamic_update_slice(cache_BTX, latent_BSX.astype(cache_BTX.dtype), (0, 0, 0))
+            return x_BSD, jax.lax.dynamic_update_slice(cache_BTX, latent_BSX.astype(cache_BTX.dtype), (0, 0, 0)), None
 
-        return self._scan_with_cache(body, self.embed(tokens_BS), cache)
+        x_BSD, cache, _ = self._scan_with_cache(body, self.embed(tokens_BS), cache)
+        return x_BSD, cache
 
-    def decode(self, tokens_BS: Array, cache: Cache, positions_BS: Array) -> tuple[Array, Cache]:
-        """New tokens at `positions_BS` against the cache. Returns their residual stream and the cache with them in it.
+    def decode(self, tokens_BS: Array, cache: Cache, positions_BS: Array) -> tuple[Array, Cache, Array]:
+        """New tokens at `positions_BS` against the cache. A position outside the cache is not written.
 
-        A position outside the cache is not written.
+        Returns their residual stream, the cache with them in it, and the experts that each was sent to in every MoE
+        block, int32 [B, S, L, K] in the routers' order: those that had a part in predicting the token after it.
         """
         by = rotation(self.model, positions_BS)
 
         def body(block: Block, x_BSD: Array, cache: Latents):
             return block.decode(x_BSD, by, cache, positions_BS)
 
-        return self._scan_with_cache(body, self.embed(tokens_BS), cache)
+        x_BSD, cache, experts = self._scan_with_cache(body, self.embed(tokens_BS), cache)
+        if not self.model.moe_layers:
+            return x_BSD, cache, jnp.zeros((*tokens_BS.shape, 0, self.model.experts_per_token), jnp.int32)
+        return x_BSD, cache, jnp.stack(experts[-1], axis=2)
 
     def drafting_state(self, hidden_BSD: Array) -> Array:
         """What the first MTP module takes of the residual stream that `prefill` and `decode` return."""
@@ -208,21 +213,32 @@ class Transformer(nnx.Module):
         """The dense blocks, then the MoE blocks; a stack without layers is left out."""
         return [getattr(self, name) for name in ("dense_blocks", "moe_blocks") if hasattr(self, name)]
 
-    def _scan_with_cache(self, body, x_BSD: Array, cache: Cache) -> tuple[Array, Cache]:
-        """`body(block, x_BSD, cache_BTX)`, which returns both after it, over all layers."""
+    def _scan_with_cache(self, body, x_BSD: Array, cache: Cache) -> tuple[Array, Cache, list]:
+        """`body(block, x_BSD, cache_BTX)`, which returns both after it and one thing more, over all layers.
+
+        Returns also that of every stack, a list or with a leading "layers" dim.
+        """
         written: Cache = []
+        more = []
         for blocks, layers in zip(self.stacks(), cache, strict=True):
             if isinstance(blocks, nnx.List):
-                x_BSD, after = scan_stack(blocks, body, x_BSD, layers)
+
+                def by_itself(block: Block, x_BSD: Array, cache: Latents):
+                    x_BSD, cache, of_layer = body(block, x_BSD, cache)
+                    return x_BSD, (cache, of_layer)
+
+                x_BSD, outputs = scan_stack(blocks, by_itself, x_BSD, layers)
+                after, of_stack = map(list, zip(*outputs, strict=True))
             else:
 
                 def in_place(block: Block, carry, layer: Array):
-                    x_BSD, cache_BTX = body(block, carry[0], carry[1][layer])
-                    return (x_BSD, carry[1].at[layer].set(cache_BTX)), None
+                    x_BSD, cache_BTX, of_layer = body(block, carry[0], carry[1][layer])
+                    return (x_BSD, carry[1].at[layer].set(cache_BTX)), of_layer
 
-                (x_BSD, after), _ = scan_stack(blocks, in_place, (x_BSD, layers), jnp.arange(len(layers)))
+                (x_BSD, after), of_stack = scan_stack(blocks, in_place, (x_BSD, layers), jnp.arange(len(layers)))
             written.append(after)
-        return x_BSD, written
+            more.append(of_stack)
+        return x_BSD, written, more
 
 
 def _positions(rows: Array, positions_BS: Array | None) -> Array:

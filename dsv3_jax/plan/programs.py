@@ -56,7 +56,7 @@ def traced_decode(
     def decode(parameters: Tree, router_bias: Tree, tokens_B1: Array, cache: Cache) -> tuple[Array, Cache]:
         model = put_together(skeleton, parameters, router_bias)
         last_B1 = jnp.full_like(tokens_B1, positions - 1)
-        hidden_B1D, cache = model.decode(tokens_B1, cache, last_B1)
+        hidden_B1D, cache, _ = model.decode(tokens_B1, cache, last_B1)
         return jnp.argmax(model.logits(model.norm(hidden_B1D))[:, 0], axis=-1), cache
 
     return _traced(decode, config, skeleton, mesh, rows, positions, (rows, 1))

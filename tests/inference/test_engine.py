@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from dsv3_jax.data.tokenizer import special_tokens
 from dsv3_jax.inference.engine import Engine
@@ -15,6 +16,8 @@ from dsv3_jax.inference.generation import Generator
 from dsv3_jax.inference.requests import EngineBusy, EngineError, Event, Request
 from dsv3_jax.inference.sampling import Sampling
 from dsv3_jax.model.functional import abstract_trees, put_together, skeleton_of, take_apart
+from dsv3_jax.model.transformer import Transformer
+from tests.reference.transformer import hidden_states, plain_row
 
 GREEDY = Sampling(temperature=0.0)
 SAMPLINGS = [
@@ -236,6 +239,51 @@ def test_log_probabilities_are_those_of_the_plain_forward_pass(engine, drafting)
         best = np.sort(expected_W)[::-1][:3]
         np.testing.assert_allclose([logprob for _, logprob in logprobs.top], best, atol=1e-4)
         np.testing.assert_allclose([expected_W[token] for token, _ in logprobs.top], best, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def made_by(drafting):
+    """The experts that the numpy oracle sends each position of a row to, [S, L, K]."""
+    as_numpy = [jax.tree.map(np.asarray, tree) for tree in take_apart(drafting)]
+
+    def experts_of(token_ids: list[int]) -> list:
+        _, gates = hidden_states(plain_row(np.array(token_ids)), *as_numpy, drafting.model)
+        return [[gate.experts for gate in of_layers] for of_layers in zip(*gates, strict=True)]
+
+    return experts_of
+
+
+def test_the_experts_of_each_token_are_those_of_the_whole_forward_pass_at_the_position_before(engine, made_by, drafts):
+    """A prompt of several pieces beside one that does not ask; the same prompt reused; sampled and penalized."""
+    prompt = prompt_of(40, seed=81)
+    beside = Client(engine, Request(prompt_of(3, seed=82), GREEDY, 30))
+    requests = [Request(prompt, SAMPLINGS[index], 30, routed_experts=True) for index in (0, 4, 2)]
+    requests.append(Request(prompt_of(1, seed=83), GREEDY, 1, routed_experts=True))
+    before = engine.statistics()
+    clients = [Client(engine, requests[0])]
+    work(engine)
+    clients += [Client(engine, request) for request in requests[1:]]
+    work(engine)
+    for client in clients:
+        routed = [experts for event in client.events for experts in event.routed_experts]
+        expected = made_by(client.request.token_ids + client.token_ids[:-1])
+        assert routed == expected[len(client.request.token_ids) - 1 :]
+    assert len(clients[0].token_ids) > 5 and beside.token_ids
+    assert all(event.routed_experts is None for event in beside.events)
+    after = engine.statistics()
+    assert after.reused_tokens - before.reused_tokens == 2 * 32
+    assert not drafts or after.accepted[0] > before.accepted[0]
+
+
+def test_a_model_without_moe_layers_has_an_empty_list_of_them_a_token(model):
+    def decoded() -> jax.Array:
+        dense, positions_BS = (
+            Transformer(dataclasses.replace(model.model, layers=1), nnx.Rngs(0)),
+            np.zeros((2, 1), int),
+        )
+        return dense.decode(positions_BS, dense.empty_cache(2, 8), positions_BS)[2]
+
+    assert np.zeros(jax.eval_shape(decoded).shape)[0].tolist() == [[]]
 
 
 def test_nan_ends_its_request_and_harms_no_other(drafting, tokenizer, alone, drafts):

@@ -21,6 +21,7 @@ from dsv3_jax.inference.generation import (
 from dsv3_jax.inference.sampling import Sampling
 from dsv3_jax.inference.weights import unstacked
 from dsv3_jax.model.functional import put_together, skeleton_of, take_apart
+from tests.reference.transformer import hidden_states, plain_row
 
 GREEDY = Sampling(temperature=0.0)
 # Prompts and lengths below share a few bucketed shapes: compilation is most of this file's time.
@@ -71,20 +72,29 @@ def test_padded_prefill_and_decode_have_the_logits_of_the_whole_sequence(model, 
 
     @jax.jit
     def decode(model, tokens_B1, cache, positions_B1):
-        hidden_B1D, cache = model.decode(tokens_B1, cache, positions_B1)
-        return model.logits(model.norm(hidden_B1D)), cache
+        hidden_B1D, cache, experts_B1LK = model.decode(tokens_B1, cache, positions_B1)
+        return model.logits(model.norm(hidden_B1D)), cache, experts_B1LK
 
     rows, lengths_B = np.arange(2), np.array([3, 16])
     whole_BS = np.array(prompts_of([22, 22]), np.int32)
     padded_BS = np.where(np.arange(16) < lengths_B[:, None], whole_BS[:, :16], 0)
     logits_BSW, cache = prefill(held_model, padded_BS, model.empty_cache(2, 32))
-    made = [logits_BSW[rows, lengths_B - 1]]
+    made, routed = [logits_BSW[rows, lengths_B - 1]], []
     for positions_B in lengths_B + np.arange(6)[:, None]:
-        logits_B1W, cache = decode(held_model, whole_BS[rows, positions_B][:, None], cache, positions_B[:, None])
+        tokens_B1 = whole_BS[rows, positions_B][:, None]
+        logits_B1W, cache, experts_B1LK = decode(held_model, tokens_B1, cache, positions_B[:, None])
         made.append(logits_B1W[:, 0])
+        routed.append(np.asarray(experts_B1LK[:, 0]))
     expected_BSW = np.asarray(forward(model, whole_BS))
     for step, logits_BW in enumerate(made):
         np.testing.assert_allclose(logits_BW, expected_BSW[rows, lengths_B - 1 + step], atol=1e-5, rtol=1e-5)
+    # Of both MoE layers, against the numpy oracle.
+    as_numpy = [jax.tree.map(np.asarray, tree) for tree in take_apart(model)]
+    for row, length in enumerate(lengths_B):
+        _, gates = hidden_states(plain_row(whole_BS[row]), *as_numpy, model.model)
+        experts_LSK = np.array([[gate.experts for gate in of_layer] for of_layer in gates])
+        wanted_SLK = np.moveaxis(experts_LSK, 0, 1)[length : length + 6]
+        np.testing.assert_array_equal([experts_BLK[row] for experts_BLK in routed], wanted_SLK)
 
 
 @pytest.mark.parametrize("lengths", [[5], [1, 40], [16, 17]])

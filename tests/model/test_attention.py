@@ -149,5 +149,5 @@ def _prefill(transformer: Transformer, tokens_BS, cache):
 
 
 def _decode(transformer: Transformer, tokens_BS, cache, positions_BS):
-    hidden, cache = transformer.decode(tokens_BS, cache, positions_BS)
+    hidden, cache, _ = transformer.decode(tokens_BS, cache, positions_BS)
     return transformer.logits(transformer.norm(hidden)), cache

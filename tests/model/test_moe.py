@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.model.moe import MixtureOfExperts, answered
+from dsv3_jax.model.moe import MixtureOfExperts, RouterStatistics, answered
 from tests.reference import routing
 from tests.reference import transformer as reference
 from tests.reference.weights import Tree, random_module
@@ -22,9 +22,11 @@ def compare(call):
     def assert_same(model: ModelConfig, rows: int, length: int) -> None:
         block, weights = random_module(MixtureOfExperts, model)
         x_BSD = _inputs(model, rows, length)
-        found, statistics = call(block, x_BSD, np.ones((rows, length), bool))
+        found, routed = call(block, x_BSD)
         wanted, gates = zip(*(_reference(x_SD, weights, model) for x_SD in x_BSD), strict=True)
         np.testing.assert_allclose(found, wanted, atol=2e-5 * np.std(wanted))
+        np.testing.assert_array_equal(routed.experts_NK, [gate.experts for gate in sum(gates, [])])
+        statistics = RouterStatistics.of(routed, np.ones((rows, length), bool), model)
         np.testing.assert_array_equal(statistics.load_E, routing.load(sum(gates, []), model))
         total = sum(routing.balance_loss(of_row, model) for of_row in gates)
         assert float(statistics.balance) == pytest.approx(total, rel=1e-5)
@@ -75,11 +77,11 @@ def test_experts_without_a_token_change_nothing_and_get_no_gradient(tiny_model, 
     weights["router"]["bias"] = np.where(np.isin(np.arange(8), busy), 9.0, -9.0).astype(np.float32)
     block.router.bias[...] = weights["router"]["bias"]
     x_BSD = _inputs(model, 2, length)
-    (found, statistics), gradients = _outputs_and_gradients(*nnx.split(block, nnx.Param, ...), x_BSD)
+    (found, routed), gradients = _outputs_and_gradients(*nnx.split(block, nnx.Param, ...), x_BSD)
     wanted = [_reference(x_SD, weights, model)[0] for x_SD in x_BSD]
     np.testing.assert_allclose(found, wanted, atol=2e-5 * np.std(wanted))
     idle = np.setdiff1d(np.arange(8), busy)
-    np.testing.assert_array_equal(statistics.load_E, np.isin(np.arange(8), busy) * 2 * length)
+    np.testing.assert_array_equal(np.sort(routed.experts_NK), [busy] * (2 * length))
     for gradient in jax.tree.leaves(nnx.to_pure_dict(gradients)["experts"]):
         np.testing.assert_array_equal(np.asarray(gradient)[idle], 0.0)
         assert (np.abs(np.asarray(gradient)[busy]).reshape(3, -1).max(axis=1) > 0).all()
@@ -88,7 +90,7 @@ def test_experts_without_a_token_change_nothing_and_get_no_gradient(tiny_model, 
 @functools.partial(jax.jit, static_argnums=0)
 def _outputs_and_gradients(structure, parameters, biases, x_BSD):
     def squares(parameters):
-        outputs = nnx.merge(structure, parameters, biases)(x_BSD, np.ones(x_BSD.shape[:2], bool))
+        outputs = nnx.merge(structure, parameters, biases)(x_BSD)
         return jnp.sum(outputs[0] * outputs[0]), outputs
 
     gradients, outputs = jax.grad(squares, has_aux=True)(parameters)
@@ -99,7 +101,8 @@ def test_trap_B5_what_padding_routes_to_is_not_counted(tiny_model, call):
     model = tiny_model()
     block, weights = random_module(MixtureOfExperts, model)
     x_BSD = _inputs(model, 2, 6)
-    _, statistics = call(block, x_BSD, np.array([[True] * 4 + [False] * 2, [False] * 6]))
+    _, routed = call(block, x_BSD)
+    statistics = RouterStatistics.of(routed, np.array([[True] * 4 + [False] * 2, [False] * 6]), model)
     _, gates = _reference(x_BSD[0, :4], weights, model)
     np.testing.assert_array_equal(statistics.load_E, routing.load(gates, model))
     assert float(statistics.balance) == pytest.approx(routing.balance_loss(gates, model), rel=1e-5)
@@ -109,7 +112,8 @@ def test_bfloat16_experts_keep_a_float32_routing(tiny_model, call):
     model = tiny_model(precision="bfloat16")
     block, weights = random_module(MixtureOfExperts, model)
     x_BSD = jnp.asarray(_inputs(model, 1, 16), jnp.bfloat16)
-    found, statistics = call(block, x_BSD, np.ones((1, 16), bool))
+    found, routed = call(block, x_BSD)
+    statistics = RouterStatistics.of(routed, np.ones((1, 16), bool), model)
     wanted, gates = _reference(np.asarray(x_BSD[0], np.float64), weights, model)
     assert found.dtype == jnp.bfloat16
     np.testing.assert_array_equal(statistics.load_E, routing.load(gates, model))

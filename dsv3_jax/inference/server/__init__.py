@@ -8,5 +8,5 @@ streams.py    the engine's events, which come from its thread, as texts
 replies.py    texts as one reply or as a stream of server-sent events
 token_texts.py, scoring.py    log probabilities: their shapes, and those of a prompt
 metrics.py    /metrics, in Prometheus' format
-page.html     a chat in the browser, at /
+page/         a chat in the browser, at /
 """

@@ -12,7 +12,7 @@ from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
@@ -35,25 +35,37 @@ from dsv3_jax.inference.server.streams import Delta
 
 Handler = Callable[[Service, Request], Awaitable[Response]]
 WRONG_TYPE = 415
+# The page at / and what it loads.
+PAGE = {
+    "index.html": "text/html",
+    "style.css": "text/css",
+    "chat.js": "text/javascript",
+    "experts.js": "text/javascript",
+}
 PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; connect-src 'self'; script-src 'unsafe-inline'; "
-    "style-src 'unsafe-inline'; frame-ancestors 'none'",
+    "Content-Security-Policy": "default-src 'none'; connect-src 'self'; script-src 'self'; style-src 'self'; "
+    "img-src data:; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-cache",
 }
 
 
 def make_app(service: Service) -> ASGIApp:
     """The server as an ASGI app. Whoever makes it runs the engine."""
-    page = files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+    page = {name: files(__package__).joinpath("page", name).read_text(encoding="utf-8") for name in PAGE}
 
     async def show_page(service: Service, request: Request) -> Response:
-        return HTMLResponse(page, headers=PAGE_HEADERS)
+        name = request.path_params.get("name", "index.html")
+        if name not in PAGE:
+            raise RequestError(f"the page has no {name!r}", status=NOT_FOUND, code="unknown_url")
+        return Response(page[name], headers=PAGE_HEADERS, media_type=PAGE[name])
 
     def route(path: str, method: str, handler: Handler, public: bool = False) -> Route:
         return Route(path, partial(_answer, service, handler, public), methods=[method])
 
     routes = [
         route("/", "GET", show_page, public=True),
+        route("/page/{name}", "GET", show_page, public=True),
         route("/health", "GET", health, public=True),
         route("/metrics", "GET", metrics),
         route("/statistics", "GET", statistics),
@@ -124,6 +136,7 @@ def _model(service: Service) -> dict[str, Any]:
         "created": service.created,
         "owned_by": "dsv3_jax",
         "max_model_len": service.context,
+        "routing": service.routing,
     }
 
 

@@ -5,7 +5,7 @@ from typing import Any
 from starlette.concurrency import run_in_threadpool
 
 from dsv3_jax.inference.server.errors import RequestError
-from dsv3_jax.inference.server.protocol import ChatRequest, Conversation
+from dsv3_jax.inference.server.protocol import ChatRequest, Conversation, Settings
 from dsv3_jax.inference.server.service import Prepared, Service
 from dsv3_jax.inference.server.streams import Delta
 from dsv3_jax.inference.server.token_texts import TokenTexts
@@ -17,8 +17,9 @@ class ChatShape:
     prefix = "chatcmpl"
     whole, chunk = "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, texts: TokenTexts, logprobs: bool):
-        self._texts, self._logprobs = texts, logprobs
+    def __init__(self, texts: TokenTexts, settings: Settings):
+        self._texts, self._logprobs = texts, settings.logprobs is not None
+        self._routed_experts = settings.routed_experts
 
     def choice(self, delta: Delta) -> dict[str, Any]:
         message = {"role": "assistant", "content": delta.text, "refusal": None}
@@ -35,15 +36,16 @@ class ChatShape:
             content["content"] = delta.text
         # OpenAI's chunk with the finish reason has nothing else in it.
         last = [self._piece(Delta(delta.choice, finish=delta.finish), {})] if delta.finish else []
-        some = [self._piece(delta._replace(finish=None), content)] if content or delta.logprobs else []
-        return some + last
+        anything = content or delta.logprobs or delta.routed_experts
+        return ([self._piece(delta._replace(finish=None), content)] if anything else []) + last
 
     def _piece(self, delta: Delta, content: dict[str, str]) -> dict[str, Any]:
         return {"index": delta.choice, "delta": content, **self._rest(delta)}
 
     def _rest(self, delta: Delta) -> dict[str, Any]:
         logprobs = self._texts.chat(delta.logprobs) if self._logprobs and delta.logprobs else None
-        return {"logprobs": logprobs, "finish_reason": delta.finish}
+        rest: dict[str, Any] = {"logprobs": logprobs, "finish_reason": delta.finish}
+        return rest | ({"routed_experts": delta.routed_experts} if self._routed_experts else {})
 
 
 async def prepare(service: Service, wanted: ChatRequest) -> Prepared:
@@ -54,8 +56,7 @@ async def prepare(service: Service, wanted: ChatRequest) -> Prepared:
         ChatError: messages that the template does not take.
     """
     ids = await run_in_threadpool(conversation_ids, service, wanted.conversation)
-    shape = ChatShape(service.texts, wanted.settings.logprobs is not None)
-    return Prepared([ids], wanted.settings, shape, [], chat=True)
+    return Prepared([ids], wanted.settings, ChatShape(service.texts, wanted.settings), [], chat=True)
 
 
 def conversation_ids(service: Service, conversation: Conversation) -> list[int]:

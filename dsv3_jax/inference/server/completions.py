@@ -8,7 +8,7 @@ from starlette.concurrency import run_in_threadpool
 from dsv3_jax.data.tokenizer import encode
 from dsv3_jax.inference.completion import prompt_ids
 from dsv3_jax.inference.server.errors import RequestError
-from dsv3_jax.inference.server.protocol import CompletionRequest
+from dsv3_jax.inference.server.protocol import CompletionRequest, Settings
 from dsv3_jax.inference.server.service import Prepared, Service
 from dsv3_jax.inference.server.streams import Delta
 from dsv3_jax.inference.server.token_texts import Scored, TokenTexts, Unscored
@@ -20,15 +20,17 @@ class CompletionShape:
     prefix = "cmpl"
     whole = chunk = "text_completion"
 
-    def __init__(self, texts: TokenTexts, logprobs: bool):
-        self._texts, self._logprobs = texts, logprobs
+    def __init__(self, texts: TokenTexts, settings: Settings):
+        self._texts, self._logprobs = texts, settings.logprobs is not None
+        self._routed_experts = settings.routed_experts
         self._offsets: dict[int, int] = {}
 
     def opening(self, choice: int) -> list[dict[str, Any]]:
         return []
 
     def pieces(self, delta: Delta) -> list[dict[str, Any]]:
-        return [self.choice(delta)] if delta.text or delta.logprobs or delta.finish else []
+        anything = delta.text or delta.logprobs or delta.routed_experts or delta.finish
+        return [self.choice(delta)] if anything else []
 
     def choice(self, delta: Delta) -> dict[str, Any]:
         logprobs = None
@@ -37,7 +39,8 @@ class CompletionShape:
             logprobs = self._texts.legacy(delta.logprobs, offset)
             widths = sum(self._texts.width(token.token_id) for token in delta.logprobs)
             self._offsets[delta.choice] = offset + widths
-        return {"index": delta.choice, "text": delta.text, "logprobs": logprobs, "finish_reason": delta.finish}
+        choice = {"index": delta.choice, "text": delta.text, "logprobs": logprobs, "finish_reason": delta.finish}
+        return choice | ({"routed_experts": delta.routed_experts} if self._routed_experts else {})
 
 
 async def prepare(service: Service, wanted: CompletionRequest) -> Prepared:
@@ -49,7 +52,7 @@ async def prepare(service: Service, wanted: CompletionRequest) -> Prepared:
     prompts = await run_in_threadpool(_ids, service, wanted)
     settings = wanted.settings
     shown = await _echoed(service, wanted, prompts) if wanted.echo else []
-    return Prepared(prompts, settings, CompletionShape(service.texts, settings.logprobs is not None), shown)
+    return Prepared(prompts, settings, CompletionShape(service.texts, settings), shown)
 
 
 def _ids(service: Service, wanted: CompletionRequest) -> list[list[int]]:

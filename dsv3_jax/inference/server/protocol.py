@@ -47,6 +47,8 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "bad_words": ([],),
     "allowed_token_ids": (),
     "prompt_logprobs": (),
+    # SGLang's, which asks for another form than `routed_experts`: base64, the prompt's tokens included.
+    "return_routed_experts": (False,),
     "truncate_prompt_tokens": (),
     "skip_special_tokens": (True,),
 }
@@ -68,6 +70,8 @@ class Settings:
     """Tokens that end a text beside the model's own."""
     logprobs: int | None
     """Alternatives to report with each token; None: no log probabilities at all."""
+    routed_experts: bool
+    """Report the experts that made each token."""
     stream: bool
     include_usage: bool
     """In a stream, end with a chunk that counts the tokens."""
@@ -200,6 +204,7 @@ def _settings(fields: Fields, max_tokens: int | None, logprobs: int | None, know
         include_stop=fields.flag("include_stop_str_in_output"),
         stop_ids=frozenset(token_ids(fields, "stop_token_ids", ids, known_ids) if ids else ()),
         logprobs=logprobs,
+        routed_experts=fields.flag("routed_experts"),
         stream=stream,
         include_usage=fields.object("stream_options").flag("include_usage"),
     )

@@ -137,6 +137,7 @@ def joined(choice: int, parts: Sequence[Delta]) -> Delta:
         "".join(part.text for part in parts),
         "".join(part.reasoning for part in parts),
         [token for part in parts for token in part.logprobs],
+        [experts for part in parts for experts in part.routed_experts],
         sum(part.tokens for part in parts),
         parts[-1].finish if parts else None,
     )

@@ -58,6 +58,8 @@ class Service:
     """One of them has to come with a request; none: anybody may."""
     special_texts: dict[str, str] = field(default_factory=dict)
     """bos_token, eos_token and pad_token, those that there are."""
+    routing: dict[str, int] = field(default_factory=dict)
+    """The MoE layers, as /v1/models tells of them."""
     most_bytes: int = MOST_BYTES
     """Of a request's body."""
     failure: str | None = None
@@ -110,7 +112,8 @@ class Service:
             of_chat = prompt if prepared.chat else None
             for _ in range(settings.choices):
                 replies.append(Reply(self.tokenizer, stop_ids, settings.stop, settings.include_stop, of_chat))
-                requests.append(Request(prompt, settings.sampling, most, stop_ids, settings.logprobs, len(requests)))
+                asked = settings.logprobs, len(requests), settings.routed_experts
+                requests.append(Request(prompt, settings.sampling, most, stop_ids, *asked))
         generation = Generation(self.engine, replies)
         self.running.add(generation)
         try:

@@ -4,6 +4,7 @@ import json
 
 from tokenizers import Tokenizer
 
+from dsv3_jax.config import ModelConfig
 from dsv3_jax.convert.opening import OpenedModel, open_model
 from dsv3_jax.data.errors import DataError
 from dsv3_jax.data.tokenizer import special_tokens
@@ -64,8 +65,20 @@ def load_service(arguments: InferArguments) -> tuple[Service, Engine]:
         score=Scorer(model, tokenizer),
         api_keys=arguments.api_key,
         special_texts=special_texts(tokenizer),
+        routing=routing(config.model),
     )
     return service, engine
+
+
+def routing(model: ModelConfig) -> dict[str, int]:
+    """What a reader of `routed_experts` has to know. Layers count from 0, and the dense ones come first."""
+    return {
+        "first_layer": model.dense_layers,
+        "layers": model.moe_layers,
+        "experts": model.experts,
+        "groups": model.expert_groups,
+        "experts_per_token": model.experts_per_token,
+    }
 
 
 def cache_positions(engine: Engine) -> int:

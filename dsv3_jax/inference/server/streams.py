@@ -1,7 +1,7 @@
 """The engine's events, which come from its thread, as texts in the server's loop."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 from starlette.concurrency import run_in_threadpool
@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 from dsv3_jax.inference.engine import Engine
 from dsv3_jax.inference.reasoning import ReasoningStream, Split, opens_thinking
-from dsv3_jax.inference.requests import EngineBusy, EngineError, Event, Request, Ticket
+from dsv3_jax.inference.requests import EngineBusy, EngineError, Event, Request, RoutedExperts, Ticket
 from dsv3_jax.inference.server.errors import BUSY, FAILED, STOPPING, RequestError
 from dsv3_jax.inference.server.token_texts import Scored, Unscored
 from dsv3_jax.inference.stopping import StopWatch
@@ -24,6 +24,8 @@ class Delta(NamedTuple):
     reasoning: str = ""
     logprobs: list[Scored | Unscored] = []
     """Empty where nobody asked. The token that ends a text has one, and no text."""
+    routed_experts: RoutedExperts = []
+    """Likewise."""
     tokens: int = 0
     """Generated, the one that ends the text included."""
     finish: Literal["stop", "length"] | None = None
@@ -66,11 +68,24 @@ class Reply:
             split += Split("", self._watch.finish())
             finish = "stop" if self._watch.found is not None else finish
         scored = [Scored(token, *of_token) for token, of_token in zip(ids[:read], event.logprobs or [], strict=False)]
-        return Delta(choice, split.answer, split.reasoning, [*scored], read, finish)
+        routed_experts = (event.routed_experts or [])[:read]
+        return Delta(choice, split.answer, split.reasoning, [*scored], routed_experts, read, finish)
 
     def _shown(self, piece: str | Split) -> Split:
         reasoning, answer = ("", piece) if isinstance(piece, str) else piece
         return Split(reasoning, self._watch.add(answer))
+
+
+def by_token(event: Event) -> Iterator[Event]:
+    """An event of several tokens as one of each, so that a stream tells which text each token has made."""
+    for place in range(len(event.token_ids)):
+        one, is_last = slice(place, place + 1), place == len(event.token_ids) - 1
+        yield Event(
+            event.token_ids[one],
+            event.logprobs and event.logprobs[one],
+            event.finish if is_last else None,
+            routed_experts=event.routed_experts and event.routed_experts[one],
+        )
 
 
 class Generation:
@@ -127,13 +142,16 @@ class Generation:
                 raise RequestError(event.message or "the engine failed", status=FAILED)
             if event.finish == "cancelled":
                 raise RequestError(event.message or "the server is stopping", status=STOPPING)
-            delta = self._replies[choice].add(event, choice)
-            if delta.finish:
-                running.discard(choice)
-                ticket = self._tickets.pop(choice)
-                if event.finish is None:
-                    self._engine.cancel(ticket)
-            yield delta
+            for part in [event] if event.routed_experts is None else by_token(event):
+                delta = self._replies[choice].add(part, choice)
+                if delta.finish:
+                    running.discard(choice)
+                    ticket = self._tickets.pop(choice)
+                    if event.finish is None:
+                        self._engine.cancel(ticket)
+                yield delta
+                if delta.finish:
+                    break
 
     def fail(self, message: str) -> None:
         """From any thread: end with an error."""

@@ -17,6 +17,12 @@ from dsv3_jax.inference.server.service import Service
 from dsv3_jax.inference.server.token_texts import Scored
 
 CONTEXT = 200
+ROUTING = {"first_layer": 1, "layers": 2, "experts": 7, "groups": 1, "experts_per_token": 2}
+
+
+def experts_of(token):
+    """[layers, experts a token]"""
+    return [[token % 7, token % 5], [token % 3, token % 2]]
 
 
 class FakeEngine:
@@ -75,7 +81,8 @@ class FakeEngine:
         logprobs = None
         if request.logprobs is not None:
             logprobs = [TokenLogprobs(-0.5, [(token, -0.5), (5, -2.0)][: request.logprobs]) for token in part]
-        on_event(Event(part, logprobs, finish))
+        routed_experts = [experts_of(token) for token in part] if request.routed_experts else None
+        on_event(Event(part, logprobs, finish, routed_experts=routed_experts))
         return finish is not None
 
     def statistics(self):
@@ -108,6 +115,7 @@ def service(engine, tokenizer):
         chat=chat_template(None, tokenizer),
         score=fake_score,
         special_texts=special,
+        routing=ROUTING,
     )
 
 

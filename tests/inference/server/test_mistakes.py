@@ -59,6 +59,8 @@ def refusal(response, status: int) -> dict:
         (TEXT, {"prompt": "x", "stop": ["x"] * 65}, "stop", "65 texts"),
         (TEXT, {"prompt": "x", "stop_token_ids": [-1]}, "stop_token_ids[0]", "the id of a token"),
         (TEXT, {"prompt": "x", "stop_token_ids": 5}, "stop_token_ids", "must be a list"),
+        (TEXT, {"prompt": "x", "routed_experts": 1}, "routed_experts", "true or false, not 1"),
+        (CHAT, {"messages": HI, "return_routed_experts": True}, "return_routed_experts", "is not supported"),
         (TEXT, {"prompt": "x", "stream": 1}, "stream", "true or false"),
         (TEXT, {"prompt": "x", "stream_options": {}}, "stream_options", "needs stream"),
         (TEXT, {"prompt": "x", "stream": True, "stream_options": 3}, "stream_options", "must be a JSON object"),

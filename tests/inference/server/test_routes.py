@@ -199,6 +199,51 @@ def test_log_probabilities_of_a_chat(client, engine):
     assert plain["choices"][0]["logprobs"]["content"][0]["top_logprobs"] == []
 
 
+@pytest.mark.parametrize("piece", [1, 3, 100])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_the_experts_of_a_reply_and_in_a_stream_each_token_with_its_text(client, engine, tokenizer, path, piece):
+    engine.piece = piece
+    prompt = {"prompt": "x", "max_tokens": 50} if path == "/v1/completions" else CHAT
+    body = {**prompt, "routed_experts": True, "n": 2}
+    wanted = [[[token % 7, token % 5], [token % 3, token % 2]] for token in engine.answer]
+    for choice in client.post(path, json=body).json()["choices"]:
+        assert choice["routed_experts"] == wanted
+    made = chunks(client.post(path, json={**body, "stream": True, "stream_options": {"include_usage": True}}))
+    assert made[-1]["choices"] == [] and made[-1]["usage"]["completion_tokens"] == 2 * len(wanted)
+    choices = [one["choices"][0] for one in made[:-1] if one["choices"][0]["index"] == 0]
+    of_tokens = [choice for choice in choices if choice["routed_experts"]]
+    assert [choice["routed_experts"] for choice in of_tokens] == [[experts] for experts in wanted]
+    texts = [choice.get("text", choice.get("delta", {}).get("content", "")) for choice in of_tokens]
+    # A token that ends within a character has no text yet, and the end token has none at all.
+    assert "".join(texts) == ANSWER and texts[-1] == "" and "" in texts[:-1]
+    for place in range(len(texts) - 1):
+        so_far = tokenizer.decode(engine.answer[: place + 1])
+        assert (texts[place] == "") if so_far.endswith("\ufffd") else ("".join(texts[: place + 1]) == so_far)
+    assert choices[-1]["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize("piece", [1, 100])
+@pytest.mark.parametrize("stream", [False, True])
+def test_experts_are_told_up_to_the_token_that_ends_the_text(client, engine, tokenizer, stream, piece):
+    """And of tokens whose text is held back, which could be the beginning of a stop string."""
+    engine.piece = piece
+    body = {"prompt": ["x"], "stop": ["字🙂!", "漢"], "routed_experts": True, "logprobs": 0, "stream": stream}
+    response = client.post("/v1/completions", json={**body, "max_tokens": 50})
+    choices = [made["choices"][0] for made in (chunks(response) if stream else [response.json()])]
+    count = next(n for n in range(len(engine.answer)) if "漢" in tokenizer.decode(engine.answer[:n]))
+    assert sum(len(choice["routed_experts"]) for choice in choices) == count
+    for choice in choices:
+        assert len(choice["routed_experts"]) == len(choice["logprobs"]["tokens"])
+    assert choices[-1]["finish_reason"] == "stop" and engine.cancelled == ([] if piece == 100 else [0])
+    plain = client.post("/v1/completions", json={"prompt": "x", "echo": True}).json()["choices"][0]
+    assert "routed_experts" not in plain and plain["text"].startswith("x")
+
+
+def test_nothing_generated_has_no_experts(client):
+    body = {"prompt": "x", "max_tokens": 0, "echo": True, "routed_experts": True}
+    assert client.post("/v1/completions", json=body).json()["choices"][0]["routed_experts"] == []
+
+
 def test_an_answer_begun_by_the_client_is_continued(client, engine, service):
     messages = [*CHAT["messages"], {"role": "assistant", "content": "so"}]
     client.post("/v1/chat/completions", json={"messages": messages, "continue_final_message": True})
@@ -221,11 +266,18 @@ def test_what_there_is_to_know(client, service):
     made = client.get("/v1/models").json()
     assert [model["id"] for model in made["data"]] == ["small"] and made["object"] == "list"
     assert client.get("/v1/models/small").json() == made["data"][0]
+    assert made["data"][0]["routing"] == service.routing
     assert client.get("/health").json() == {"status": "ok"}
     assert client.get("/statistics").json()["tokens_per_pass"] == 1.75
     page = client.get("/")
-    assert "<!DOCTYPE html>" in page.text and "http://" not in page.text and "https://" not in page.text
-    assert "default-src 'none'" in page.headers["content-security-policy"]
+    assert "<!DOCTYPE html>" in page.text and page.headers["content-type"] == "text/html; charset=utf-8"
+    parts = {part: client.get(f"/page/{part}") for part in ("style.css", "chat.js", "experts.js")}
+    assert all(f"page/{part}" in page.text for part in ("style.css", "chat.js"))
+    for part in (page, *parts.values()):
+        assert part.status_code == 200 and "http://" not in part.text and "https://" not in part.text
+        assert "default-src 'none'" in part.headers["content-security-policy"]
+    assert parts["chat.js"].headers["content-type"] == "text/javascript; charset=utf-8"
+    assert client.get("/page/app.py").status_code == 404
     service.fail("the engine has failed")
     assert client.get("/health").status_code == 503
     assert client.post("/v1/completions", json={"prompt": "x"}).status_code == 503

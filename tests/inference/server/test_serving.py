@@ -69,9 +69,14 @@ def test_a_server_answers_as_the_model_does_and_ends_when_it_is_asked_to(workdir
     assert scores == pytest.approx(made.choices[0].logprobs.token_logprobs, abs=1e-3)
 
     messages = [{"role": "user", "content": "text"}]
-    chunks = client.chat.completions.create(model=name, messages=messages, temperature=0, max_tokens=20, stream=True)
+    asked = {"model": name, "messages": messages, "temperature": 0, "max_tokens": 20}
+    chunks = [*client.chat.completions.create(**asked, stream=True, extra_body={"routed_experts": True})]
     shown = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
     assert shown == complete(model, tokenizer, ["text"], greedy, 20, chat=chat_template(None, tokenizer))[0].text
+    whole = client.chat.completions.create(**asked, extra_body={"routed_experts": True})
+    routed = [experts for chunk in chunks for experts in chunk.choices[0].routed_experts]
+    assert routed == whole.choices[0].routed_experts and len(routed) == whole.usage.completion_tokens
+    assert {(len(of_layers), len(of_layers[0])) for of_layers in routed} == {(1, model.model.experts_per_token)}
     with pytest.raises(openai.BadRequestError, match="the model's context has 128"):
         client.chat.completions.create(model=name, messages=messages, max_tokens=125)
 

@@ -1,50 +1,8 @@
-<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>dsv3_jax</title>
-<link rel="icon" href="data:,">
-<style>
-  :root { color-scheme: light dark; --line: #8884; --soft: #8882; --accent: #3b6fd4; }
-  * { box-sizing: border-box; }
-  body { margin: 0; height: 100vh; height: 100dvh; display: flex; flex-direction: column; font: 16px/1.5 system-ui, sans-serif; }
-  header, form, #numbers { padding: .5rem max(1rem, 50vw - 24rem); }
-  header { display: flex; flex-wrap: wrap; gap: .3rem 1rem; align-items: center; border-bottom: 1px solid var(--line); font-size: .85rem; }
-  header strong { font-size: 1rem; margin-right: auto; }
-  header input { width: 5rem; } header #key { width: 8rem; }
-  main { flex: 1; overflow-y: auto; padding: 1rem max(1rem, 50vw - 24rem); }
-  .message { margin-bottom: 1rem; white-space: pre-wrap; overflow-wrap: anywhere; }
-  .user { background: var(--soft); border-radius: .7rem; padding: .5rem .8rem; width: fit-content; margin-left: auto; }
-  .error { color: #c33; }
-  details { color: GrayText; border-left: 3px solid var(--line); padding-left: .8rem; margin-bottom: .5rem; }
-  #numbers { font-size: .8rem; color: GrayText; min-height: 2rem; font-variant-numeric: tabular-nums; }
-  form { display: flex; gap: .5rem; border-top: 1px solid var(--line); }
-  textarea { flex: 1; font: inherit; padding: .5rem; resize: vertical; }
-  button { font: inherit; padding: .4rem 1rem; }
-  #send { background: var(--accent); color: white; border: 0; border-radius: .4rem; }
-</style>
-</head>
-<body>
-<header>
-  <strong id="model">dsv3_jax</strong>
-  <label>mode <select id="mode"><option value="chat">chat</option><option value="text">continue text</option></select></label>
-  <label>temperature <input id="temperature" type="number" min="0" step="0.1" value="0.7"></label>
-  <label>top p <input id="top_p" type="number" min="0.01" max="1" step="0.01" value="0.95"></label>
-  <label>tokens <input id="tokens" type="number" min="1" value="512"></label>
-  <label>API key <input id="key" type="password" autocomplete="off"></label>
-  <button type="button" id="clear">new chat</button>
-</header>
-<main id="messages" aria-live="polite"></main>
-<div id="numbers"></div>
-<form id="form">
-  <textarea id="input" rows="2" placeholder="Enter sends, Shift+Enter breaks the line" aria-label="message" autofocus></textarea>
-  <button id="send">send</button>
-</form>
-<script>
-"use strict";
+import {ExpertPanel, RoutedReply} from "./experts.js";
+
 const $ = id => document.getElementById(id);
-let conversation = [], model = null, running = null;
+const panel = new ExpertPanel($);
+let conversation = [], model = null, running = null, newest = null;
 
 function headers() {
   const key = $("key").value;
@@ -88,7 +46,8 @@ async function* events(response) {
 
 function request(text) {
   const limits = {max_tokens: +$("tokens").value, temperature: +$("temperature").value, top_p: +$("top_p").value};
-  const common = {model, stream: true, stream_options: {include_usage: true}, ...limits};
+  const asked = {stream: true, stream_options: {include_usage: true}, routed_experts: model.routing.layers > 0};
+  const common = {model: model.id, ...asked, ...limits};
   return $("mode").value === "chat"
     ? ["/v1/chat/completions", {...common, messages: conversation}]
     : ["/v1/completions", {...common, prompt: text}];
@@ -107,17 +66,73 @@ function showNumbers(tokens, first, last, before, after) {
   $("numbers").textContent = parts.join("  ·  ");
 }
 
+// A reply as it comes: its text, each token of it with its experts.
+class Reply {
+  constructor(element) {
+    this.element = element;
+    this.thinking = null;
+    this.answer = "";
+    this.routed = model.routing.layers ? new RoutedReply(model.routing) : null;
+    this.pending = [];  // places of tokens whose text has not come yet
+  }
+
+  add(piece, experts) {
+    this.pending.push(...experts.map(one => this.routed.add(one)));
+    if (piece.reasoning_content) this.append(this.thought(), piece.reasoning_content);
+    if (piece.content) { this.append(this.element, piece.content); this.answer += piece.content; }
+    if (piece.content || piece.reasoning_content) this.pending = [];
+  }
+
+  // The token that ends a reply has no text.
+  end() {
+    if (this.pending.length) this.append(this.element, "").classList.add("end");
+  }
+
+  append(parent, text) {
+    const span = Object.assign(document.createElement("span"), {textContent: text});
+    parent.append(span);
+    if (this.pending.length) {
+      Object.assign(span, {className: "token", tabIndex: -1, reply: this.routed, places: this.pending});
+      // One stop of the Tab key a reply; arrows lead from token to token.
+      this.last?.setAttribute("tabindex", "-1");
+      span.tabIndex = 0;
+      this.last = newest = span;
+      look();
+    }
+    return span;
+  }
+
+  thought() {
+    if (!this.thinking) {
+      this.thinking = document.createElement("details");
+      this.thinking.open = true;
+      this.thinking.append(Object.assign(document.createElement("summary"), {textContent: "thinking"}));
+      this.element.prepend(this.thinking);
+    }
+    return this.thinking;
+  }
+}
+
+// The experts of the token under the pointer, or else of the one in focus, or else of the newest.
+function look() {
+  const token = document.querySelector(".token:hover") || document.querySelector(".token:focus") || newest;
+  document.querySelector(".token.shown")?.classList.remove("shown");
+  if (!token) { panel.clear(); return; }
+  token.classList.add("shown");
+  panel.show(token.reply, token.places, token.textContent);
+}
+
 async function send(text) {
-  const chat = $("mode").value === "chat";
-  if (chat) { conversation.push({role: "user", content: text}); show("user", text); }
+  const chat = $("mode").value === "chat", turns = conversation;
+  if (chat) { turns.push({role: "user", content: text}); show("user", text); }
   const element = show("assistant", chat ? "" : text);
-  const answer = document.createTextNode("");
-  element.append(answer);
-  let thinking = null, tokens = 0, shown = 0, first = 0, last = 0, before = null, failed = false;
+  let reply = null, tokens = 0, chunks = 0, first = 0, last = 0, before = null, failed = false;
   running = new AbortController();
   $("send").textContent = "stop";
+  $("numbers").textContent = "";
   try {
     if (model === null) await findModel();
+    reply = new Reply(element);
     before = await getJson("/statistics");
     const [path, body] = request(text);
     const options = {method: "POST", headers: headers(), body: JSON.stringify(body), signal: running.signal};
@@ -126,44 +141,39 @@ async function send(text) {
     for await (const event of events(response)) {
       if (event.usage) tokens = event.usage.completion_tokens;
       for (const choice of event.choices) {
-        const piece = choice.delta || {content: choice.text};
-        if (piece.reasoning_content) {
-          if (!thinking) {
-            const box = document.createElement("details");
-            box.open = true;
-            box.append(Object.assign(document.createElement("summary"), {textContent: "thinking"}));
-            thinking = document.createTextNode("");
-            box.append(thinking);
-            element.prepend(box);
-          }
-          thinking.data += piece.reasoning_content;
-        }
-        if (piece.content) answer.data += piece.content;
-        if (piece.content || piece.reasoning_content) {
+        const piece = choice.delta || {content: choice.text}, experts = choice.routed_experts || [];
+        reply.add(piece, experts);
+        if (experts.length || piece.content || piece.reasoning_content) {
           last = performance.now();
           first ||= last;
-          shown += 1;
+          chunks += 1;
         }
+        if (reply.routed) showNumbers(reply.routed.tokens.length, first, last);
         const main = $("messages");
         if (main.scrollHeight - main.scrollTop - main.clientHeight < 200) main.scrollTop = main.scrollHeight;
       }
     }
+    reply.end();
   } catch (error) {
     failed = error.name !== "AbortError";
     if (failed) show("error", error.message);
   }
   running = null;
   $("send").textContent = "send";
+  if (turns !== conversation) return;  // a new chat has begun
   if (chat) {
-    if (failed && !answer.data) conversation.pop();
-    else conversation.push({role: "assistant", content: answer.data});
+    if (failed && !reply?.answer) turns.pop();
+    else turns.push({role: "assistant", content: reply.answer});
   }
-  if (!failed) showNumbers(tokens || shown, first, last, before, await getJson("/statistics").catch(() => null));
+  if (failed) return;
+  // A reply that was stopped has no usage.
+  const counted = tokens || reply.routed?.tokens.length || chunks;
+  showNumbers(counted, first, last, before, await getJson("/statistics").catch(() => null));
 }
 
 async function findModel() {
-  model = (await getJson("/v1/models")).data[0].id;
-  $("model").textContent = document.title = model;
+  model = (await getJson("/v1/models")).data[0];
+  $("model").textContent = document.title = model.id;
 }
 
 $("form").addEventListener("submit", event => {
@@ -183,12 +193,19 @@ $("input").addEventListener("keydown", event => {
 $("clear").addEventListener("click", () => {
   if (running) running.abort();
   conversation = [];
+  newest = null;
   $("messages").replaceChildren();
   $("numbers").textContent = "";
+  look();
   $("input").focus();
+});
+for (const kind of ["pointerover", "pointerleave", "focusin", "focusout"]) $("messages").addEventListener(kind, look);
+$("messages").addEventListener("keydown", event => {
+  const step = {ArrowLeft: -1, ArrowRight: 1}[event.key], token = event.target.closest(".token");
+  if (!step || !token) return;
+  const all = [...token.closest(".message").querySelectorAll(".token")];
+  all[all.indexOf(token) + step]?.focus();
+  event.preventDefault();
 });
 $("key").addEventListener("change", () => findModel().catch(error => show("error", error.message)));
 findModel().catch(() => show("assistant", "This server needs an API key: enter it above."));
-</script>
-</body>
-</html>
