@@ -16,8 +16,6 @@ from sharding.mesh import platform
 OUTPUT = "attention"
 """The name of what the gradient needs of the forward pass, for a backward pass that recomputes all but named values."""
 
-CPU_BLOCK = 64
-
 
 def causal_attention(
     query_BSHd: Array, key_BSHd: Array, value_BSHV: Array, scale: float, segment_ids_BS: Array | None = None
@@ -56,20 +54,10 @@ def absorbed_attention(query_BSHX: Array, cache_BTX: Array, rank: int, scale: fl
     # the product with the whole entries, because slicing them out first would copy the cache.
     visible_BST = jnp.arange(cache_BTX.shape[1])[None, None, :] <= positions_BS[:, :, None]
     query_BMX = query_BSHX.reshape(batch, new * heads, width)
-    logits_BMT = _cache_logits(query_BMX, cache_BTX) * scale
+    logits_BMT = product("bmx,btx->bmt", query_BMX, cache_BTX, jnp.float32) * scale
     weights_BMT = _softmax(logits_BMT, jnp.repeat(visible_BST, heads, axis=1)).astype(query_BSHX.dtype)
     mixed_BMX = product("bmt,btx->bmx", weights_BMT, cache_BTX, query_BSHX.dtype)
     return mixed_BMX.reshape(query_BSHX.shape)[..., :rank]
-
-
-def _cache_logits(query_BMX: Array, cache_BTX: Array) -> Array:
-    batch, length, width = cache_BTX.shape
-    if platform() != "cpu" or length % CPU_BLOCK:
-        return product("bmx,btx->bmt", query_BMX, cache_BTX, jnp.float32)
-    # Before it multiplies, a CPU transposes the entries: as a whole they fall out of its cache in between.
-    blocks_BGZX = cache_BTX.reshape(batch, -1, CPU_BLOCK, width)
-    logits_BMGZ = product("bmx,bgzx->bmgz", query_BMX, blocks_BGZX, jnp.float32)
-    return logits_BMGZ.reshape(*query_BMX.shape[:2], length)
 
 
 # The gradient is written out, as in FlashAttention (arXiv 2205.14135). Of the forward pass it needs one number a query,
