@@ -13,7 +13,15 @@ from dsv3_jax.config import Config, ConfigError
 from dsv3_jax.convert.opening import OpenedModel, open_model
 from dsv3_jax.data.tokenizer import tokenizer_from
 from dsv3_jax.inference.weights import with_inference_types
-from dsv3_jax.model.functional import Tree, abstract_trees, logical_axes, parameter_specs, put_together, skeleton_of
+from dsv3_jax.model.functional import (
+    Tree,
+    abstract_trees,
+    logical_axes,
+    parameter_specs,
+    put_together,
+    skeleton_of,
+    to_run,
+)
 from dsv3_jax.model.transformer import Transformer
 from sharding.mesh import one_device, shardings
 from sharding.rules import check_layout
@@ -31,8 +39,8 @@ def load(
 
     Args:
         path: a workdir of train.py (its newest checkpoint), a checkpoint, or a Hugging Face directory.
-        mesh: devices to divide the parameters over, as training does; each process reads what its devices hold. None:
-            the first device.
+        mesh: devices to divide the parameters over, as in training, but that only fsdp stores what is not experts in
+            pieces; each process reads what its devices hold. None: the first device.
         dtype: "float32" or "bfloat16", what the matmuls compute in; None: the saved `model.precision`.
 
     Raises:
@@ -48,7 +56,7 @@ def load_opened(
 ) -> tuple[Transformer, Config, Tokenizer | None]:
     """`load` of a model that is open already."""
     config = opened.config if dtype is None else _with_precision(opened.config, dtype)
-    skeleton, mesh = skeleton_of(config.model), mesh or one_device()
+    skeleton, mesh = to_run(skeleton_of(config.model)), mesh or one_device()
     parameters, router_bias = abstract_trees(skeleton)
     check_layout(parameters, logical_axes(skeleton), mesh)
     parameters = with_inference_types(_abstract, parameters, config.model.precision)

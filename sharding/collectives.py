@@ -94,6 +94,19 @@ def looked_up(table: Array, indices: Array, axes: Sequence[str]) -> Array:
     return jnp.moveaxis(pieces, 0, -2).reshape(*indices.shape, -1)
 
 
+def joined(piece: Array, dim: int, axes: Sequence[str]) -> Array:
+    """The whole of what devices have computed in pieces along `dim`: the same on all of them, and known to be."""
+    for axis in reversed(present(axes)):
+        piece = jax.lax.all_gather(piece, axis, axis=dim, tiled=True, to="invarying")
+    return piece
+
+
+def anywhere(marked: Array) -> Array:
+    """bool, whether one is true on any device of the mesh: what all must agree on before they enter a loop."""
+    mine = marked.any()
+    return largest(mine.astype(jnp.int32), variation(mine)) > 0 if variation(mine) else mine
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _gathered(shard: Array, dim: int, axes: tuple[str, ...], dtype: jnp.dtype) -> Array:
     # One axis at a time and untiled: XLA:TPU makes an all-reduce, twice the traffic, of a tiled gather over several.

@@ -3,6 +3,9 @@
 A parameter names its dims where it is made; nothing else says where it lives. Two kinds of axes:
     computed  a device multiplies with its piece alone: experts, and what tensor parallelism divides
     stored    a device keeps a piece, and gathers the whole before it multiplies (fully sharded data parallelism)
+
+A model that only runs is stored in fewer pieces (`RUNNING`): there is no gradient and no optimizer to find room for, and
+what a step over whole rows gathers in passing would be most of the time of a step over one token a row.
 """
 
 import math
@@ -43,7 +46,11 @@ STORED: dict[str, tuple[str, ...]] = {
     "latent": STORED_AXES,
     # Where a parameter has experts, their dim has taken the expert axes.
     "expert_width": tuple(axis for axis in STORED_AXES if axis not in EXPERT_AXES),
+    "running_width": ("fsdp",),
+    "running_latent": ("fsdp",),
 }
+RUNNING = {"width": "running_width", "latent": "running_latent"}
+"""What dims are called in a model that only runs."""
 
 
 class Stored(NamedTuple):

@@ -7,20 +7,25 @@ that are masked until the tokens that do come there overwrite them.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from dsv3_jax.data.tokenizer import special_tokens
 from dsv3_jax.inference.penalties import History, penalized
+from dsv3_jax.inference.placement import over
 from dsv3_jax.inference.sampling import SamplingInputs, choose_tokens
 from dsv3_jax.inference.speculation import Drafts, draft_token, verify
 from dsv3_jax.model.cache import NOWHERE, Latents
 from dsv3_jax.model.transformer import Cache, Transformer
+from sharding.collectives import anywhere, joined, spread_like, summed
+from sharding.mesh import ROW_AXES
+from sharding.rules import TENSOR_AXES
 
 LONGEST_CHUNK = 64
 """Tokens of a chunk at most, drafts aside."""
@@ -74,13 +79,27 @@ class Made(NamedTuple):
 
 
 @functools.cache
-def compiled(structure: jax.tree_util.PyTreeDef, drafts: int) -> tuple[Callable, Callable]:
+def compiled(
+    structure: jax.tree_util.PyTreeDef, drafts: int, mesh: Mesh | None = None
+) -> tuple[Callable, Callable]:
     """`_prefill` and `_decode_chunk`, jitted, for models of one structure, which they take as leaves."""
 
-    def of_leaves(function: Callable) -> Callable:
-        return lambda leaves, *arguments: function(jax.tree.unflatten(structure, leaves), drafts, *arguments)
+    def prefill(leaves: list[Array], *arguments: Any) -> Rows:
+        *arrays, cache_length = arguments
 
-    return jax.jit(of_leaves(_prefill), static_argnums=6), jax.jit(of_leaves(_decode_chunk), donate_argnums=1)
+        def function(model: Transformer, *arrays: Any) -> Rows:
+            return _prefill(model, drafts, *arrays, cache_length)
+
+        each = "rows", "rows", "rows", "everywhere", "rows"
+        return over(mesh, structure, function, each, "rows")(leaves, *arrays)
+
+    def decode_chunk(model: Transformer, *arrays: Any) -> tuple[Rows, Made]:
+        return _decode_chunk(model, drafts, *arrays)
+
+    each = "rows", "rows", "everywhere", "everywhere"
+    made = Made("rows", "rows", "everywhere", "everywhere")
+    decode = over(mesh, structure, decode_chunk, each, ("rows", made))
+    return jax.jit(prefill, static_argnums=6), jax.jit(decode, donate_argnums=1)
 
 
 def _prefill(
@@ -116,7 +135,7 @@ def _decode_chunk(
 
     def goes_on(carry: tuple[Rows, Made]) -> Array:
         rows, made = carry
-        return ((made.count_B < steps) & (rows.tokens_B != vocabulary.end)).any()
+        return anywhere((made.count_B < steps) & (rows.tokens_B != vocabulary.end))
 
     def one_pass(carry: tuple[Rows, Made]) -> tuple[Rows, Made]:
         rows, made = carry
@@ -146,7 +165,9 @@ def _decode_chunk(
         jnp.zeros(drafts, jnp.int32),
         jnp.int32(0),
     )
-    return jax.lax.while_loop(goes_on, one_pass, (rows, empty))
+    empty = jax.tree.map(lambda part: spread_like(part, rows.tokens_B), empty)
+    rows, made = jax.lax.while_loop(goes_on, one_pass, (rows, empty))
+    return rows, made._replace(accepted_k=summed(made.accepted_k, ROW_AXES), passes=summed(made.passes, ROW_AXES))
 
 
 def next_tokens(
@@ -233,4 +254,4 @@ def _with_tokens(history: History | None, tokens_B: Array, counted_B: Array | No
 
 def known_logits(model: Transformer, normed_BSD: Array, vocabulary: Vocabulary) -> Array:
     """Logits of the ids that the tokenizer has; the others are -inf."""
-    return jnp.where(vocabulary.known_W, model.logits(normed_BSD), -jnp.inf)
+    return jnp.where(vocabulary.known_W, joined(model.logits(normed_BSD), 2, TENSOR_AXES), -jnp.inf)

@@ -18,16 +18,16 @@ from collections.abc import Callable
 from tokenizers import Tokenizer
 
 from dsv3_jax.inference.decoding import LONGEST_CHUNK
-from dsv3_jax.inference.engine_device import Device, New
+from dsv3_jax.inference.engine_device import NOTHING, Device, New
 from dsv3_jax.inference.generation import FIRST_CHUNK, FLOWING_SECONDS
 from dsv3_jax.inference.pages import Pages, prefix_keys
+from dsv3_jax.inference.placement import row_parts
 from dsv3_jax.inference.requests import EngineBusy, EngineError, Event, Finish, Limits, Request, Statistics, Ticket
 from dsv3_jax.model.transformer import Transformer
 
 STEPS_BESIDE_PROMPTS = 4
 """Passes between two pieces of prompts."""
 IDLE_SECONDS = 0.1
-NOTHING = New([], None, None)
 
 
 class Engine:
@@ -71,21 +71,28 @@ class Engine:
         for name, value in {"slots": slots, "prefill_chunk": prefill_chunk, "page_size": page_size}.items():
             if value < 1:
                 raise EngineError(f"{name}={value} must be at least 1")
-        if cache_tokens < page_size:
-            raise EngineError(f"cache_tokens={cache_tokens} must be at least page_size={page_size}")
-        self._pages = Pages(cache_tokens // page_size)
+        parts = row_parts(model)
+        if slots % parts:
+            raise EngineError(f"slots={slots} must be a multiple of {parts}, the parts that the mesh divides rows into")
+        if cache_tokens < page_size * parts:
+            in_parts = "" if parts == 1 else f", times the {parts} parts that the mesh divides rows into"
+            raise EngineError(f"cache_tokens={cache_tokens} must be at least page_size={page_size}{in_parts}")
+        self._pages = [Pages(cache_tokens // page_size // parts) for _ in range(parts)]
         self._device = Device(
             model,
             tokenizer,
             slots=slots,
             drafts=speculative,
-            pages=self._pages.count,
+            pages=self._pages[0].count,
             page_size=page_size,
             prefill_chunk=prefill_chunk,
         )
-        self._limits = Limits(config.vocabulary, config.maximum_positions, self._pages.count, page_size)
+        self._limits = Limits(config.vocabulary, config.maximum_positions, self._pages[0].count, page_size)
         self._page_size, self._drafts, self._most_waiting = page_size, speculative, most_waiting
-        self._free_slots = list(reversed(range(slots)))
+        self._slots_of_part = slots // parts
+        self._free_slots = [
+            [*reversed(range(part * self._slots_of_part, (part + 1) * self._slots_of_part))] for part in range(parts)
+        ]
         self._running: list[Ticket] = []  # in the order in which they got their slots
         self._waiting: deque[Ticket] = deque()
         self._changed = threading.Condition()  # guards what waits and whether anybody will look at it
@@ -149,9 +156,9 @@ class Engine:
         return Statistics(
             len(self._running),
             len(self._waiting),
-            self._pages.used,
-            self._pages.free,
-            self._pages.cached,
+            sum(pages.used for pages in self._pages),
+            sum(pages.free for pages in self._pages),
+            sum(pages.cached for pages in self._pages),
             self._prompt_tokens,
             self._reused_tokens,
             self._generated_tokens,
@@ -161,9 +168,11 @@ class Engine:
 
     def check(self) -> None:
         """Asserts that slots and pages add up, between two steps."""
-        self._pages.check([ticket.pages for ticket in self._running])
-        taken = [ticket.row for ticket in self._running]
-        assert sorted([*taken, *self._free_slots]) == list(range(len(taken) + len(self._free_slots)))
+        for part, (pages, free) in enumerate(zip(self._pages, self._free_slots, strict=True)):
+            tickets = [ticket for ticket in self._running if self._part_of(ticket) == part]
+            pages.check([ticket.pages for ticket in tickets])
+            first = part * self._slots_of_part
+            assert sorted([*(ticket.row for ticket in tickets), *free]) == [*range(first, first + self._slots_of_part)]
 
     def _drop_cancelled(self) -> bool:
         with self._changed:
@@ -177,31 +186,51 @@ class Engine:
 
     def _admit(self) -> None:
         """Slots and pages to those that wait, strictly in their order: whoever needs much is not overtaken for ever."""
-        while self._free_slots:
+        while any(self._free_slots):
             with self._changed:
                 if not self._waiting:
                     return
                 ticket = self._waiting[0]
-                taken = self._pages.take(ticket.keys, self._limits.pages_for(ticket.request))
-                if taken is None:
+                if not self._found_place(ticket):
                     return
                 self._waiting.popleft()
-            pages, known = taken
-            ticket.pages, ticket.prefilled = tuple(pages), known * self._page_size
-            ticket.slot = self._free_slots.pop()
             self._running.append(ticket)
             self._device.admit(ticket)
             self._prompt_tokens += len(ticket.request.token_ids)
             self._reused_tokens += ticket.prefilled
 
+    def _found_place(self, ticket: Ticket) -> bool:
+        """A slot with pages for the ticket: in the part that knows most of its beginning, then has most room."""
+
+        def worth(part: int) -> tuple[int, int]:
+            pages = self._pages[part]
+            return pages.known(ticket.keys), pages.free + pages.cached
+
+        parts = [part for part, free in enumerate(self._free_slots) if free]
+        for part in sorted(parts, key=worth, reverse=True):
+            taken = self._pages[part].take(ticket.keys, self._limits.pages_for(ticket.request))
+            if taken is not None:
+                pages, known = taken
+                ticket.pages, ticket.prefilled = tuple(pages), known * self._page_size
+                ticket.slot = self._free_slots[part].pop()
+                return True
+        return False
+
+    def _part_of(self, ticket: Ticket) -> int:
+        return ticket.row // self._slots_of_part
+
     def _prefill(self) -> bool:
-        ticket = next((ticket for ticket in self._running if not ticket.is_decoding), None)
-        if ticket is None:
+        """A piece of the oldest unfinished prompt of every part."""
+        tickets: dict[int, Ticket] = {}
+        for ticket in self._running:
+            if not ticket.is_decoding:
+                tickets.setdefault(self._part_of(ticket), ticket)
+        if not tickets:
             return False
-        new = self._device.prefill(ticket)
-        self._keep(ticket, ticket.keys[: ticket.prefilled // self._page_size])
-        if ticket.is_decoding:
-            self._add(ticket, new)
+        for ticket, new in zip(tickets.values(), self._device.prefill([*tickets.values()]), strict=True):
+            self._keep(ticket, ticket.keys[: ticket.prefilled // self._page_size])
+            if ticket.is_decoding:
+                self._add(ticket, new)
         return True
 
     def _decode(self) -> bool:
@@ -246,14 +275,14 @@ class Engine:
 
     def _keep(self, ticket: Ticket, keys: list[bytes]) -> None:
         for page, key in zip(ticket.pages, keys, strict=False):
-            self._pages.keep(page, key)
+            self._pages[self._part_of(ticket)].keep(page, key)
 
     def _end(self, ticket: Ticket, new: New, finish: Finish, message: str | None = None) -> None:
         """The only way out: slot and pages come back, then the client is told."""
         if ticket.slot is not None:
             self._running.remove(ticket)
-            self._free_slots.append(ticket.slot)
-            self._pages.release(ticket.pages)
+            self._free_slots[self._part_of(ticket)].append(ticket.slot)
+            self._pages[self._part_of(ticket)].release(ticket.pages)
             ticket.slot, ticket.pages = None, ()
         self._tell(ticket, new.event(finish, message))
 

@@ -1,20 +1,23 @@
 """The engine's device: requests and their pages in, tokens out; in between arrays of few shapes."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh, NamedSharding
 from tokenizers import Tokenizer
 
 from dsv3_jax.inference.decoding import LONGEST_CHUNK, Vocabulary
-from dsv3_jax.inference.engine_slots import Asked, Decoded, Logprobs, Piece, empty_slots
+from dsv3_jax.inference.engine_slots import Asked, Decoded, Logprobs, Piece, Slots, empty_slots
 from dsv3_jax.inference.engine_steps import compiled_steps
+from dsv3_jax.inference.placement import mesh_of, row_parts
 from dsv3_jax.inference.requests import Event, Finish, Request, RoutedExperts, Ticket, TokenLogprobs
 from dsv3_jax.inference.sampling import SamplingInputs
 from dsv3_jax.inference.weights import ready_to_decode
 from dsv3_jax.model.transformer import Transformer
+from sharding.mesh import row_spec
 
 LEAST_TABLE = 4
 SHORTEST_PIECE = 16
@@ -31,8 +34,15 @@ class New(NamedTuple):
         return Event(self.token_ids, self.logprobs, finish, message, self.routed_experts)
 
 
+NOTHING = New([], None, None)
+
+
 class Device:
-    """The slots of one engine. A failed step leaves them unusable."""
+    """The slots of one engine. A failed step leaves them unusable.
+
+    On a mesh they are in parts, one after the other, as many as the mesh divides rows into; each part has pages of its
+    own, which lie with its slots. Page numbers are those within a part.
+    """
 
     def __init__(
         self,
@@ -45,13 +55,16 @@ class Device:
         page_size: int,
         prefill_chunk: int,
     ):
-        config = model.model
+        """`pages`: of each part."""
+        config, self._mesh = model.model, mesh_of(model)
         # As leaves, because flattening modules at every call is slow.
         self._leaves, structure = jax.tree.flatten(ready_to_decode(model))
-        self._prefill, self._decode = compiled_steps(structure, drafts)
+        self._prefill, self._decode = compiled_steps(structure, drafts, self._mesh)
         self._vocabulary = Vocabulary.of(tokenizer, config.vocabulary)
         self.end = int(self._vocabulary.end)
-        self._slots = empty_slots(config, slots, drafts, pages, page_size)
+        self.parts = row_parts(model)
+        self._slots_of_part = slots // self.parts
+        self._slots = _empty_slots(self._mesh, config, slots, drafts, pages * self.parts, page_size)
         self._inputs: list[tuple[SamplingInputs, Array, Array] | None] = [None] * slots
         self._words, self._drafts, self._pages, self._page_size = config.vocabulary, drafts, pages, page_size
         self._longest_table = -(-config.maximum_positions // page_size)
@@ -71,36 +84,62 @@ class Device:
         inputs = SamplingInputs.of([request.sampling], [request.sample_index])
         self._inputs[ticket.row] = inputs, jnp.asarray(prompt_W), jnp.asarray(ends_W)
 
-    def prefill(self, ticket: Ticket) -> New:
-        """The next piece of the ticket's prompt into its pages; after the last piece the first new token."""
+    def prefill(self, tickets: list[Ticket]) -> list[New]:
+        """The next piece of each ticket's prompt into its pages; after the last piece the first new token.
+
+        At most one ticket of each part of the slots: what is computed for it is computed on its part's devices.
+        """
+        counts = [min(len(ticket.request.token_ids) - ticket.prefilled, self._piece_lengths[-1]) for ticket in tickets]
+        stops = [ticket.prefilled + count for ticket, count in zip(tickets, counts, strict=True)]
+        length = next(length for length in self._piece_lengths if length >= max(counts))
+        tables = self._table(tickets, max(stops) + self._drafts)
+        parts = [ticket.row // self._slots_of_part for ticket in tickets]
+        pieces = {
+            part: self._piece(ticket, stop, length, table)
+            for part, ticket, stop, table in zip(parts, tickets, stops, tables, strict=True)
+        }
+        made = self._prefill(self._leaves, self._slots, self._together(pieces), self._vocabulary)
+        self._slots, *about_tokens = made
+        if self._mesh is None:
+            about_tokens = jax.tree.map(lambda array: array[None], about_tokens)
+        new = []
+        for ticket, part, stop in zip(tickets, parts, stops, strict=True):
+            ticket.prefilled = stop
+            # Within a prompt nobody waits for the device.
+            of_part = jax.tree.map(lambda array, part=part: array[part], about_tokens) if ticket.is_decoding else None
+            new.append(_first_token(ticket.request, *of_part) if of_part else NOTHING)
+        return new
+
+    def _piece(self, ticket: Ticket, stop: int, length: int, table_G: np.ndarray) -> Piece:
+        """The ticket's prompt up to `stop`, in an array of `length`."""
         of_slot = self._inputs[ticket.row]
         assert of_slot is not None
-        request, start = ticket.request, ticket.prefilled
-        tokens, wants_logprobs = request.token_ids, request.logprobs is not None
-        count = min(len(tokens) - start, self._piece_lengths[-1])
-        length = next(length for length in self._piece_lengths if length >= count)
+        tokens, start = ticket.request.token_ids, ticket.prefilled
         piece_s = np.zeros(length + 1, np.int32)  # and the token that follows
-        known = tokens[start : start + count + 1]
+        known = tokens[start : stop + 1]
         piece_s[: len(known)] = known
-        is_last = start + count == len(tokens)
-        piece = Piece(
-            jnp.int32(ticket.row),
+        is_last = stop == len(tokens)
+        return Piece(
+            jnp.int32(ticket.row % self._slots_of_part),
             jnp.asarray(piece_s[:-1]),
             jnp.asarray(piece_s[1:]),
             jnp.int32(start),
-            jnp.int32(count),
+            jnp.int32(stop - start),
             jnp.bool_(is_last),
-            jnp.asarray(self._table([ticket], start + count + self._drafts)[0]),
+            jnp.asarray(table_G),
             *of_slot,
-            jnp.bool_(is_last and wants_logprobs),
+            jnp.bool_(is_last and ticket.request.logprobs is not None),
         )
-        self._slots, token, logprobs, experts_LK = self._prefill(self._leaves, self._slots, piece, self._vocabulary)
-        ticket.prefilled += count
-        if not is_last:
-            return New([], None, None)  # nobody waits for the device
-        logprobs = jax.tree.map(lambda array: np.asarray(array)[None], logprobs)
-        routed_experts = [np.asarray(experts_LK).tolist()] if request.routed_experts else None
-        return New([int(token)], told(logprobs, 1, request.logprobs), routed_experts)
+
+    def _together(self, pieces: dict[int, Piece]) -> Piece:
+        """The pieces of all parts as one with a leading dim; the one piece itself where there is one part."""
+        some = next(iter(pieces.values()))
+        if self._mesh is None:
+            return some
+        # Of a slot that does not exist no token is written anywhere.
+        none = some._replace(slot=jnp.int32(self._slots_of_part), length=jnp.int32(0), is_last=jnp.bool_(False))
+        each = [pieces.get(part, none) for part in range(self.parts)]
+        return jax.tree.map(lambda *parts: jnp.stack(parts), *each)
 
     def decode(self, tickets: list[Ticket], steps: int, until_one_ends: bool) -> tuple[list[New], Decoded]:
         """At most `steps` passes over these tickets' slots. Returns the new tokens of each, and all the numbers."""
@@ -143,6 +182,18 @@ class Device:
             pages = ticket.pages[:length]
             row[: len(pages)] = pages
         return table
+
+
+def _empty_slots(mesh: Mesh | None, *shape: Any) -> Slots:
+    if mesh is None:
+        return empty_slots(*shape)
+    return jax.jit(lambda: empty_slots(*shape), out_shardings=NamedSharding(mesh, row_spec(mesh)))()
+
+
+def _first_token(request: Request, token: Array, logprobs: Logprobs, experts_LK: Array) -> New:
+    logprobs = jax.tree.map(lambda array: np.asarray(array)[None], logprobs)
+    routed_experts = [np.asarray(experts_LK).tolist()] if request.routed_experts else None
+    return New([int(token)], told(logprobs, 1, request.logprobs), routed_experts)
 
 
 def told(logprobs: Logprobs, count: int, top: int | None) -> list[TokenLogprobs] | None:

@@ -6,10 +6,12 @@ requests ask for, who is there and how far they are, are values.
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.inference.decoding import LONGEST_CHUNK, Rows, Vocabulary, known_logits, next_tokens, with_drafts
@@ -24,20 +26,41 @@ from dsv3_jax.inference.engine_slots import (
     with_rows,
 )
 from dsv3_jax.inference.penalties import History, penalized
+from dsv3_jax.inference.placement import over
 from dsv3_jax.inference.requests import MOST_LOGPROBS
 from dsv3_jax.inference.sampling import choose_tokens, log_probabilities
 from dsv3_jax.model.cache import NOWHERE
 from dsv3_jax.model.transformer import Transformer
+from sharding.collectives import anywhere, spread_like, summed
+from sharding.mesh import ROW_AXES
 
 
 @functools.cache
-def compiled_steps(structure: jax.tree_util.PyTreeDef, drafts: int) -> tuple[Callable, Callable]:
-    """`_prefill` and `_decode`, jitted, for models of one structure, which they take as leaves."""
+def compiled_steps(
+    structure: jax.tree_util.PyTreeDef, drafts: int, mesh: Mesh | None = None
+) -> tuple[Callable, Callable]:
+    """`_prefill` and `_decode`, jitted, for models of one structure, which they take as leaves.
 
-    def of_leaves(function: Callable) -> Callable:
-        return lambda leaves, *arguments: function(jax.tree.unflatten(structure, leaves), drafts, *arguments)
+    On a mesh each part of the slots takes a piece of its own: pieces and what is returned of them have one dim more, of
+    the parts.
+    """
 
-    return jax.jit(of_leaves(_prefill), donate_argnums=1), jax.jit(of_leaves(_decode), donate_argnums=1)
+    def prefill(model: Transformer, slots: Slots, piece: Piece, vocabulary: Vocabulary) -> Any:
+        if mesh is None:
+            return _prefill(model, drafts, slots, piece, vocabulary)
+        slots, *about_token = _prefill(model, drafts, slots, jax.tree.map(lambda part: part[0], piece), vocabulary)
+        return slots, *jax.tree.map(lambda part: part[None], about_token)
+
+    def decode(model: Transformer, slots: Slots, asked: Asked, vocabulary: Vocabulary) -> tuple[Slots, Decoded]:
+        return _decode(model, drafts, slots, asked, vocabulary)
+
+    asked = Asked("rows", "rows", "everywhere", "everywhere", "everywhere")
+    decoded = Decoded("rows", "rows", "rows", "rows", "everywhere", "everywhere")
+    steps = (
+        over(mesh, structure, prefill, ("rows", "rows", "everywhere"), "rows"),
+        over(mesh, structure, decode, ("rows", asked, "everywhere"), ("rows", decoded)),
+    )
+    return jax.jit(steps[0], donate_argnums=1), jax.jit(steps[1], donate_argnums=1)
 
 
 def _prefill(
@@ -92,8 +115,8 @@ def _decode(
 
     def goes_on(carry: tuple[Rows, Array, Array, Decoded]) -> Array:
         _, left_B, step, _ = carry
-        ended = (active_B & (left_B == 0)).any()
-        return (step < asked.steps) & (left_B > 0).any() & ~(asked.until_one_ends & ended)
+        ended = anywhere(active_B & (left_B == 0))
+        return (step < asked.steps) & anywhere(left_B > 0) & ~(asked.until_one_ends & ended)
 
     def one_pass(carry: tuple[Rows, Array, Array, Decoded]) -> tuple[Rows, Array, Array, Decoded]:
         rows, left_B, step, decoded = carry
@@ -129,12 +152,14 @@ def _decode(
         return rows, jnp.where(ended_B, 0, left_B - count_B), step + 1, decoded
 
     empty = _nothing_decoded(len(active_B), drafts, model.model)
+    empty = jax.tree.map(lambda part: spread_like(part, active_B), empty)
     rows, _, _, decoded = jax.lax.while_loop(goes_on, one_pass, (rows, asked.left_B, jnp.int32(0), empty))
     assert rows.history is not None
     slots = with_rows(slots, rows)._replace(
         tokens_B=rows.tokens_B, positions_B=rows.positions_B, drafts=rows.drafts, history=rows.history
     )
-    return slots, decoded
+    accepted_k, passes = summed(decoded.accepted_k, ROW_AXES), summed(decoded.passes, ROW_AXES)
+    return slots, decoded._replace(accepted_k=accepted_k, passes=passes)
 
 
 def _nothing_decoded(batch: int, drafts: int, config: ModelConfig) -> Decoded:
@@ -160,4 +185,5 @@ def _logprobs(logits_BnW: Array, tokens_Bn: Array, wanted: Array) -> Logprobs:
 
     most = *batch, min(MOST_LOGPROBS, words)
     nothing = Logprobs(jnp.zeros(batch), jnp.zeros(most, jnp.int32), jnp.zeros(most))
+    nothing = jax.tree.map(lambda part: spread_like(part, logits_BnW), nothing)
     return jax.lax.cond(wanted, computed, lambda: nothing)

@@ -23,6 +23,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import UserError
 from dsv3_jax.inference.decoding import LONGEST_CHUNK, Made, Rows, Vocabulary, compiled
 from dsv3_jax.inference.penalties import History
+from dsv3_jax.inference.placement import mesh_of, row_parts
 from dsv3_jax.inference.sampling import Sampling, SamplingInputs
 from dsv3_jax.inference.weights import ready_to_decode
 from dsv3_jax.model.transformer import Transformer
@@ -67,7 +68,8 @@ class Generator:
             )
         # As leaves, because flattening modules at every call is slow.
         self._leaves, structure = jax.tree.flatten(ready_to_decode(model))
-        self._prefill, self._decode_chunk = compiled(structure, drafts)
+        self._prefill, self._decode_chunk = compiled(structure, drafts, mesh_of(model))
+        self._parts = row_parts(model)
         self._config, self._drafts = model.model, drafts
         self._vocabulary = Vocabulary.of(tokenizer, self._config.vocabulary)
         self._end = int(self._vocabulary.end)
@@ -81,16 +83,20 @@ class Generator:
         Raises:
             GenerationError: an empty prompt, one too long for the model, or a model whose logits are NaN.
         """
-        longest = self._check(prompts, max_new_tokens)
+        longest, count = self._check(prompts, max_new_tokens), len(prompts)
+        # As many rows on every device: those added have ended before they begin.
+        prompts = [*prompts, *[[self._end]] * (-count % self._parts)]
         tokens_BS, lengths_B = _padded(prompts, prompt_bucket(longest, self._config))
         inputs = SamplingInputs.of([sampling] * len(prompts), range(len(prompts)))
         cache_length = cache_bucket(longest + max_new_tokens, self._config)
         history = History.of(prompts, self._config.vocabulary) if sampling.penalizes else None
         rows = self._prefill(self._leaves, tokens_BS, lengths_B, inputs, self._vocabulary, history, cache_length)
-        ended_B = np.zeros(len(prompts), bool)
-        first_B = [[token] for token in np.asarray(rows.tokens_B).tolist()]
-        yield Chunk(self._new_ids(first_B, ended_B), 0.0, len(prompts), [0] * self._drafts)
-        left_B = np.full(len(prompts), max_new_tokens - 1)
+        if len(prompts) > count:
+            rows = rows._replace(tokens_B=rows.tokens_B.at[count:].set(self._end))
+        ended_B = np.zeros(count, bool)
+        first_B = [[token] for token in np.asarray(rows.tokens_B)[:count].tolist()]
+        yield Chunk(self._new_ids(first_B, ended_B), 0.0, count, [0] * self._drafts)
+        left_B = np.full(count, max_new_tokens - 1)
         if left_B.any():
             # No steps: compiles the chunk, so that the first one's time is the model's.
             rows, _ = self._decode(rows, inputs, 0)
@@ -98,10 +104,10 @@ class Generator:
         while (left_B[~ended_B] > 0).any():
             start = time.perf_counter()
             rows, made = self._decode(rows, inputs, min(int(left_B[~ended_B].max()), steps))
-            made_BC, counts = np.asarray(made.tokens_BC), np.asarray(made.count_B).tolist()
+            made_BC, counts = np.asarray(made.tokens_BC), np.asarray(made.count_B)[:count].tolist()
             seconds = time.perf_counter() - start
             # Drafts may go beyond what was asked for.
-            wanted = [made_BC[row, : min(count, left_B[row])].tolist() for row, count in enumerate(counts)]
+            wanted = [made_BC[row, : min(new, left_B[row])].tolist() for row, new in enumerate(counts)]
             left_B = np.maximum(left_B - counts, 0)
             new_ids = self._new_ids(wanted, ended_B)
             yield Chunk(new_ids, seconds, int(made.passes), np.asarray(made.accepted_k).tolist())

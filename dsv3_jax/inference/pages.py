@@ -41,18 +41,17 @@ class Pages:
 
         Returns the pages and how many of them hold that, which must not be written; None where too few are left.
         """
-        known: list[int] = []
-        for key in keys[:count]:
-            page = self._page_of_key.get(key)
-            if page is None:
-                break
-            known.append(page)
+        known = self._known(keys[:count])
         if count - len(known) > self.free + self.cached - sum(page in self._cached for page in known):
             return None
         for page in known:
             self._references[page] += 1
             self._cached.pop(page, None)
         return known + [self._new() for _ in range(count - len(known))], len(known)
+
+    def known(self, keys: Sequence[bytes]) -> int:
+        """How many pages there are of the longest known beginning of `keys`."""
+        return len(self._known(keys))
 
     def keep(self, page: int, key: bytes) -> None:
         """A used page is written to its end and holds what `key` names; nobody writes it from now on."""
@@ -78,6 +77,15 @@ class Pages:
         assert sorted([*self._free, *self._cached, *references]) == list(range(self.count))
         assert {key: page for page, key in self._key_of_page.items()} == self._page_of_key
         assert set(self._cached) == {page for page in self._key_of_page if not self._references[page]}
+
+    def _known(self, keys: Sequence[bytes]) -> list[int]:
+        known: list[int] = []
+        for key in keys:
+            page = self._page_of_key.get(key)
+            if page is None:
+                break
+            known.append(page)
+        return known
 
     def _new(self) -> int:
         if self._free:

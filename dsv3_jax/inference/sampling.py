@@ -147,7 +147,7 @@ def probabilities(logits_BW: Array, inputs: SamplingInputs) -> Array:
     shifted_BW = logits_BW - logits_BW.max(axis=-1, keepdims=True)
     divided_BW = shifted_BW / jnp.where(greedy_B, 1, inputs.temperature_B)[:, None]
     best_B = jax.lax.cond(
-        greedy_B.any(), lambda: most_probable(logits_BW), lambda: jnp.zeros(logits_BW.shape[0], jnp.int32)
+        greedy_B.any(), lambda: most_probable(logits_BW), lambda: jnp.zeros_like(greedy_B, jnp.int32)
     )
     elsewhere_BW = greedy_B[:, None] & (jnp.arange(logits_BW.shape[-1]) != best_B[:, None])
     probability_BW = jax.nn.softmax(jnp.where(elsewhere_BW, -jnp.inf, divided_BW), axis=-1)
@@ -220,8 +220,7 @@ def smallest_set(probability_BW: Array, weight_BW: Array, target_B: Array) -> Ar
         reaches_B = jnp.sum(jnp.where(above_BW, weight_BW, 0), axis=-1) >= target_B
         return jnp.where(reaches_B, middle_B, reaching_B), jnp.where(reaches_B, failing_B, middle_B)
 
-    rows = probability_BW.shape[0]
-    bounds = jnp.zeros(rows, jnp.int32), jnp.full(rows, BITS_OF_ONE + 1, jnp.int32)
+    bounds = jnp.zeros_like(target_B, jnp.int32), jnp.full_like(target_B, BITS_OF_ONE + 1, jnp.int32)
     reaching_B, _ = jax.lax.fori_loop(0, BITS_OF_ONE.bit_length(), halve, bounds)
     threshold_B1 = jax.lax.bitcast_convert_type(reaching_B, jnp.float32)[:, None]
     above_BW, equal_BW = probability_BW > threshold_B1, probability_BW == threshold_B1

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from dsv3_jax.inference.placement import mesh_of, placed
 from dsv3_jax.model.layers import unstack
 from dsv3_jax.model.transformer import Transformer
 
@@ -29,12 +30,18 @@ def with_inference_types(change: Callable[[Any, jnp.dtype], Any], tree: Any, pre
 
 
 def ready_to_decode(model: Transformer) -> Transformer:
-    """The model cast and unstacked once, instead of at every token; of one that is ready, the same arrays."""
+    """The model cast and unstacked once, instead of at every token; of one that is ready, the same arrays.
+
+    Raises:
+        PlacementError: it is divided over a mesh that it cannot generate on.
+    """
+    mesh = mesh_of(model)
 
     def cast(array: Array, dtype: jnp.dtype) -> Array:
         return array if array.dtype == dtype else array.astype(dtype)
 
-    return unstacked(with_inference_types(cast, model, model.model.precision))
+    model = unstacked(with_inference_types(cast, model, model.model.precision))
+    return placed(model, mesh) if mesh else model
 
 
 def unstacked(model: Transformer) -> Transformer:

@@ -78,7 +78,8 @@ class MultiHeadLatentAttention(nnx.Module):
         query_BSHX, rank = self._latent_queries(x_BSD, by), self.model.key_value_latent
         mixed_BSHC = absorbed_attention(query_BSHX, cache_BTX, rank, softmax_scale(self.model), positions_BS)
         if hasattr(self, "merged"):
-            return contract("bsm,md->bsd", mixed_BSHC.reshape(*x_BSD.shape[:2], -1), self.merged[1][...], self.dtype)
+            mixed_BSM = mixed_BSHC.reshape(*x_BSD.shape[:2], -1)
+            return summed(self._contract("bsm,md->bsd", mixed_BSM, self.merged[1]), TENSOR_AXES)
         _, value_up_HCV = self._absorbed()
         return self._output(contract("bshc,hcv->bshv", mixed_BSHC, value_up_HCV, self.dtype))
 
@@ -100,19 +101,24 @@ class MultiHeadLatentAttention(nnx.Module):
         apart = key_up_HPC.size + value_up_HCV.size + query_up_QHd.size + output_HVD.size
         (inputs, heads, _), (*_, rank), width = query_up_QHd.shape, key_up_HPC.shape, output_HVD.shape[-1]
         if self.dtype != jnp.float32 or heads * (inputs * self.model.cache_width + rank * width) > apart:
-            self.absorbed = nnx.List([nnx.Cache(key_up_HPC), nnx.Cache(value_up_HCV)])
+            latent = self.key_value_up.get_metadata("logical_axes")[0]
+            axes = ("heads", "nope_and_value_dim", latent), ("heads", latent, "nope_and_value_dim")
+            self.absorbed = _kept((key_up_HPC, value_up_HCV), axes)
             return
         nope_QHP, rope_QHR = jnp.split(query_up_QHd, [self.model.nope_head_dim], axis=-1)
         query_QHC = contract("qhp,hpc->qhc", nope_QHP, key_up_HPC, self.dtype)
         query_QHX = jnp.concatenate([query_QHC, rope_QHR], axis=-1)
         output_MD = contract("hcv,hvd->hcd", value_up_HCV, output_HVD, self.dtype).reshape(-1, width)
-        self.merged = nnx.List([nnx.Cache(query_QHX), nnx.Cache(output_MD)])
+        inputs_axis = self._query_up().get_metadata("logical_axes")[0]
+        width_axis = self.output.get_metadata("logical_axes")[-1]
+        axes = (inputs_axis, "heads", "key_value_latent_and_rope"), ("heads", width_axis)
+        self.merged = _kept((query_QHX, output_MD), axes)
 
     def _absorbed(self) -> tuple[Array, Array]:
         """The expansion to keys [H, P, C] and that to values [H, C, V], a matrix a head."""
         if hasattr(self, "absorbed"):
             key_up, value_up = self.absorbed
-            return key_up[...], value_up[...]
+            return whole(key_up, self.dtype), whole(value_up, self.dtype)
         up_CHd = whole(self.key_value_up, self.dtype)
         key_up_CHP, value_up_CHV = jnp.split(up_CHd, [self.model.nope_head_dim], axis=-1)
         return key_up_CHP.transpose(1, 2, 0), value_up_CHV.swapaxes(0, 1)
@@ -120,7 +126,7 @@ class MultiHeadLatentAttention(nnx.Module):
     def _latent_queries(self, x_BSD: Array, by: Rotation) -> Array:
         """What each head asks a cache's entries, [B, S, H, C + R]."""
         if hasattr(self, "merged"):
-            query_BSHX = contract("bsq,qhx->bshx", self._query_input(x_BSD), self.merged[0][...], self.dtype)
+            query_BSHX = self._contract("bsq,qhx->bshx", self._query_input(x_BSD), self.merged[0])
             query_BSHC, rope_BSHR = jnp.split(query_BSHX, [self.model.key_value_latent], axis=-1)
             return jnp.concatenate([query_BSHC, rotate(rope_BSHR, by)], axis=-1)
         query_nope_BSHP, query_rope_BSHR = self._queries(x_BSD, by)
@@ -147,5 +153,11 @@ class MultiHeadLatentAttention(nnx.Module):
         """[B, S, D], summed over the heads of every device."""
         return summed(self._contract("bshv,hvd->bsd", mixed_BSHV, self.output), TENSOR_AXES)
 
-    def _contract(self, equation: str, left: Array, right: nnx.Param) -> Array:
+    def _contract(self, equation: str, left: Array, right: nnx.Variable) -> Array:
         return contract(equation, left, whole(right, self.dtype), self.dtype)
+
+
+def _kept(matrices: tuple[Array, ...], axes: tuple[tuple[str, ...], ...]) -> nnx.List[nnx.Cache]:
+    """Matrices made of parameters, which name their dims as those do."""
+    pairs = zip(matrices, axes, strict=True)
+    return nnx.List([nnx.Cache(matrix, logical_axes=logical_axes) for matrix, logical_axes in pairs])

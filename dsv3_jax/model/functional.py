@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.layers import RouterBias
 from dsv3_jax.model.transformer import Transformer
-from sharding.rules import partition_specs
+from sharding.rules import RUNNING, partition_specs
 
 Tree = dict[str, Any]
 
@@ -29,6 +29,17 @@ class Skeleton(NamedTuple):
 def skeleton_of(model: ModelConfig) -> Skeleton:
     """The skeleton of a model of this shape; allocates nothing."""
     return Skeleton(*nnx.split(nnx.eval_shape(lambda: Transformer(model, nnx.Rngs(0))), nnx.Param, RouterBias))
+
+
+def to_run(skeleton: Skeleton) -> Skeleton:
+    """The skeleton of a model that only runs: on a mesh its parameters are stored as `sharding.rules.RUNNING` says."""
+
+    def renamed(variable: nnx.Variable) -> nnx.Variable:
+        axes = variable.get_metadata("logical_axes")
+        return variable.replace(logical_axes=tuple(RUNNING.get(axis, axis) for axis in axes))
+
+    parameters = jax.tree.map(renamed, skeleton.parameters, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    return skeleton._replace(parameters=parameters)
 
 
 def initialize(model: ModelConfig, seed: int, placed: Any = None) -> tuple[Tree, Tree]:

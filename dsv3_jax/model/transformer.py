@@ -28,7 +28,7 @@ from dsv3_jax.model.mtp import MultiTokenPrediction
 from dsv3_jax.model.rope import rotation
 from sharding.collectives import axis_index, axis_size, looked_up, summed
 from sharding.context import CONTEXT_AXES, context_part
-from sharding.rules import TENSOR_AXES, mesh_axes
+from sharding.rules import TENSOR_AXES, stored_dim
 
 # [L, B, T, C + R] of every stack of blocks; of an unstacked one a list of [B, T, C + R]: a layer that is cut out of an
 # array of all is copied, which with few rows takes longer than what is done with it. Those may be paged (cache.py).
@@ -195,7 +195,8 @@ class Transformer(nnx.Module):
     def embed(self, tokens_BS: Array) -> Array:
         """The residual stream's first value, [B, S, D]."""
         dtype, table_WD = jnp.dtype(self.model.precision), self.embedding[...]
-        stored_axes = mesh_axes("width")
+        stored = stored_dim(self.embedding.get_metadata("logical_axes"))
+        stored_axes = stored.axes if stored else ()
         if axis_size(TENSOR_AXES) == 1:
             return looked_up(table_WD, tokens_BS, stored_axes).astype(dtype)
         # This device's part of the vocabulary; every token is in one of them.
