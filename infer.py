@@ -13,6 +13,7 @@ from dsv3_jax.data.errors import DataError
 from dsv3_jax.inference.arguments import InferArguments, parse_infer
 from dsv3_jax.inference.chat import chat_template
 from dsv3_jax.inference.completion import complete
+from dsv3_jax.layout import mesh_to_run
 from dsv3_jax.loading import load_opened
 from dsv3_jax.runtime import set_up_compiler, use_one_thread
 from dsv3_jax.training.progress import note
@@ -34,7 +35,7 @@ def infer(arguments: InferArguments) -> None:
     prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in arguments.prompt]
     opened = open_model(arguments.checkpoint)
     use_one_thread(opened.config.model)
-    model, _, tokenizer = load_opened(opened)
+    model, _, tokenizer = load_opened(opened, mesh=mesh_to_run(arguments.mesh))
     if tokenizer is None:
         raise DataError(f"{opened.path} has no tokenizer.json: text cannot be read or written without one")
     stream = len(prompts) == 1 and not arguments.json

@@ -8,9 +8,10 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, Mesh
 
-from dsv3_jax.config import Config, divisors
+from dsv3_jax.config import Config, MeshConfig, divisors
+from dsv3_jax.inference.placement import check_mesh
 from dsv3_jax.model.functional import Skeleton, abstract_trees, logical_axes
-from sharding.mesh import ROW_AXES, LayoutError, axis_sizes, make_mesh, row_shards
+from sharding.mesh import ROW_AXES, LayoutError, axis_sizes, make_mesh, one_device, row_shards
 from sharding.rules import check_layout, mesh_axes, named_leaves
 
 
@@ -25,6 +26,21 @@ def mesh_of(config: Config, skeleton: Skeleton, devices: Sequence[Any] | None = 
     check_layout(abstract_trees(skeleton)[0], logical_axes(skeleton), mesh)
     _check_batch(config, mesh)
     _check_context(config, mesh)
+    return mesh
+
+
+def mesh_to_run(requested: MeshConfig) -> Mesh:
+    """The mesh for a model that only runs, of all devices; where every axis is 1, the first device.
+
+    Raises:
+        LayoutError: the axes do not multiply to the devices.
+        PlacementError: a mesh that models cannot generate on.
+    """
+    sizes = dataclasses.asdict(requested)
+    if all(size == 1 for size in sizes.values()):
+        return one_device()
+    mesh = make_mesh(axis_sizes(sizes, len(jax.devices())))
+    check_mesh(mesh)
     return mesh
 
 

@@ -3,15 +3,19 @@
 import contextlib
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from dsv3_jax.command_line import option_pairs, suggestion
+from dsv3_jax.config import MeshConfig
 from dsv3_jax.errors import ArgumentError
 from dsv3_jax.inference.sampling import Sampling, SamplingError
+
+
+ONE_DEVICE = MeshConfig(data=1)
 
 
 @dataclass(frozen=True)
@@ -47,16 +51,19 @@ class InferArguments:
     """Serving: requests that run at the same time; others wait."""
     cache_tokens: int | None = None
     """Serving: tokens that the cache holds over all requests; by default 4096 a slot, or the model's whole context."""
+    mesh: MeshConfig = ONE_DEVICE
+    """Devices to divide model and requests over; all 1, the default here: the first device."""
 
 
 FLAGS = ("json", "chat", "serve")
 SERVING = ("host", "port", "api_key", "slots", "cache_tokens")
+MESH = tuple(f"mesh.{axis.name}" for axis in fields(MeshConfig))
 OPTIONS = (
     *("checkpoint", "prompt", "max_new_tokens", "speculative", "stop", "temperature", "top_k", "top_p", "min_p"),
-    *("repetition_penalty", "presence_penalty", "frequency_penalty", "seed", *FLAGS, *SERVING),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty", "seed", *FLAGS, *SERVING, *MESH),
 )
 # What a server has, too; the rest is for prompts of the command line.
-ALSO_SERVING = ("checkpoint", "speculative", "serve", *SERVING)
+ALSO_SERVING = ("checkpoint", "speculative", "serve", *SERVING, *MESH)
 PLACEHOLDER = InferArguments(Path(), ())
 
 
@@ -113,7 +120,7 @@ def _require_readable(option: str) -> None:
         raise ArgumentError(f"--{error}") from error
     except SystemExit:
         name = option[2:].partition("=")[0]
-        whole = ("max_new_tokens", "speculative", "top_k", "seed", "port", "slots", "cache_tokens")
+        whole = ("max_new_tokens", "speculative", "top_k", "seed", "port", "slots", "cache_tokens", *MESH)
         kind = "no value" if name in FLAGS else "a whole number" if name in whole else "a number"
         raise ArgumentError(f"{option} cannot be read: expected {kind}") from None
 

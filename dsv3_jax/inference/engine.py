@@ -152,6 +152,11 @@ class Engine:
         finally:
             self._end_all("cancelled", "the engine has stopped")
 
+    @property
+    def most_positions(self) -> int:
+        """Tokens of a request, prompt and answer, that there may be room for: of one part's pages."""
+        return self._limits.pages * self._page_size
+
     def statistics(self) -> Statistics:
         return Statistics(
             len(self._running),

@@ -136,8 +136,13 @@ class Device:
         some = next(iter(pieces.values()))
         if self._mesh is None:
             return some
-        # Of a slot that does not exist no token is written anywhere.
-        none = some._replace(slot=jnp.int32(self._slots_of_part), length=jnp.int32(0), is_last=jnp.bool_(False))
+        # Of a slot and pages that do not exist nothing is written anywhere.
+        none = some._replace(
+            slot=jnp.int32(self._slots_of_part),
+            length=jnp.int32(0),
+            is_last=jnp.bool_(False),
+            table_G=jnp.full_like(some.table_G, self._pages),
+        )
         each = [pieces.get(part, none) for part in range(self.parts)]
         return jax.tree.map(lambda *parts: jnp.stack(parts), *each)
 

@@ -8,12 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from dsv3_jax.inference.generation import prompt_bucket
+from dsv3_jax.inference.placement import mesh_of, over
 from dsv3_jax.inference.sampling import log_probabilities
 from dsv3_jax.inference.server.token_texts import Scored
 from dsv3_jax.model.transformer import Transformer
+from sharding.collectives import joined
+from sharding.mesh import row_shards
+from sharding.rules import TENSOR_AXES
 
 POSITIONS_AT_ONCE = 256
 """Logits of a whole long prompt would not fit."""
@@ -34,7 +39,7 @@ class Scorer:
         self._known_W = jnp.asarray(known_W)
         # As leaves, because flattening modules at every call is slow.
         self._leaves, structure = jax.tree.flatten(model)
-        self._scores = jax.jit(partial(_scores, structure), static_argnames="top")
+        self._scores = jax.jit(partial(_scores, structure, mesh_of(model)), static_argnames="top")
 
     def __call__(self, token_ids: Sequence[int], top: int) -> list[Scored]:
         """At most `model.maximum_positions` tokens, and 20 alternatives to each."""
@@ -51,21 +56,36 @@ class Scorer:
 
 
 def _scores(
-    structure: jax.tree_util.PyTreeDef, leaves: list[Array], tokens_S: Array, known_W: Array, top: int
+    structure: jax.tree_util.PyTreeDef,
+    mesh: Mesh | None,
+    leaves: list[Array],
+    tokens_S: Array,
+    known_W: Array,
+    top: int,
 ) -> tuple[Array, ...]:
     """For each position what `log_probabilities` says about the next token: [S], [S, K], [S, K].
 
     Padding on the right changes nothing before it: attention is causal, and no token is dropped for another.
     """
-    model = jax.tree.unflatten(structure, leaves)
-    hidden_1SD, _ = model.hidden_states(tokens_S[None])
+
+    def scores(model: Transformer, tokens_BS: Array, known_W: Array) -> tuple[Array, ...]:
+        return tuple(part[None] for part in _scores_of_row(model, tokens_BS, known_W, top))
+
+    # A row on every device that takes rows, the same: there is one prompt, and the experts are on all of them.
+    tokens_BS = jnp.tile(tokens_S, (row_shards(mesh) if mesh else 1, 1))
+    of_rows = over(mesh, structure, scores, ("rows", "everywhere"), "rows")(leaves, tokens_BS, known_W)
+    return tuple(part[0] for part in of_rows)
+
+
+def _scores_of_row(model: Transformer, tokens_1S: Array, known_W: Array, top: int) -> tuple[Array, ...]:
+    hidden_1SD, _ = model.hidden_states(tokens_1S)
     length, width = hidden_1SD.shape[1:]
     chunk = math.gcd(length, POSITIONS_AT_ONCE)
 
     def of_chunk(part: tuple[Array, Array]) -> tuple[Array, Array, Array]:
         hidden_CD, following_C = part
-        logits_CW = model.logits(model.norm(hidden_CD[None]))[0]
+        logits_CW = joined(model.logits(model.norm(hidden_CD[None]))[0], 1, TENSOR_AXES)
         return log_probabilities(jnp.where(known_W, logits_CW, -jnp.inf), following_C, top)
 
-    chunks = hidden_1SD.reshape(-1, chunk, width), jnp.roll(tokens_S, -1).reshape(-1, chunk)
+    chunks = hidden_1SD.reshape(-1, chunk, width), jnp.roll(tokens_1S, -1).reshape(-1, chunk)
     return tuple(part.reshape(length, *part.shape[2:]) for part in jax.lax.map(of_chunk, chunks))

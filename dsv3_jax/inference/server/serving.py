@@ -16,6 +16,7 @@ from dsv3_jax.inference.server.running import bound, run
 from dsv3_jax.inference.server.scoring import Scorer
 from dsv3_jax.inference.server.service import Service
 from dsv3_jax.inference.weights import ready_to_decode
+from dsv3_jax.layout import mesh_to_run
 from dsv3_jax.loading import load_opened
 from dsv3_jax.runtime import use_one_thread
 from dsv3_jax.training.progress import note
@@ -41,7 +42,7 @@ def serve(arguments: InferArguments) -> None:
 def load_service(arguments: InferArguments) -> tuple[Service, Engine]:
     opened = open_model(arguments.checkpoint)
     use_one_thread(opened.config.model)
-    model, config, tokenizer = load_opened(opened)
+    model, config, tokenizer = load_opened(opened, mesh=mesh_to_run(arguments.mesh))
     if tokenizer is None:
         raise DataError(f"{opened.path} has no tokenizer.json: text cannot be read or written without one")
     model = ready_to_decode(model)  # here already, so that the engine and the scores share its arrays
@@ -58,7 +59,7 @@ def load_service(arguments: InferArguments) -> tuple[Service, Engine]:
         engine,
         tokenizer,
         arguments.checkpoint.resolve().name,
-        min(config.model.maximum_positions, cache_positions(engine)),
+        min(config.model.maximum_positions, engine.most_positions),
         stop_ids(opened, tokenizer),
         share=cache_positions(engine) // arguments.slots,
         chat=_chat_template(opened, tokenizer),
