@@ -50,7 +50,8 @@ def prefill_by_pieces(
         prompted = add(leaves, prompted, jnp.asarray(tokens_Bs), lengths_B, jnp.int32(start))
         # Otherwise all pieces are handed over at once, and no signal is heard until the last is done.
         prompted.last_B1D.block_until_ready()
-    return finish(leaves, prompted, lengths_B, inputs, vocabulary, history)
+    *caches, last_B1D = prompted
+    return finish(leaves, caches, last_B1D, lengths_B, inputs, vocabulary, history)
 
 
 @functools.cache
@@ -94,19 +95,21 @@ def _add_piece(
 def _finish(
     model: Transformer,
     drafts: int,
-    prompted: Prompted,
+    caches: tuple[Cache, Latents | None],
+    last_B1D: Array,
     lengths_B: Array,
     inputs: SamplingInputs,
     vocabulary: Vocabulary,
     history: History | None,
 ) -> Rows:
     """The first new token of each prompt, and drafts of those after it."""
-    logits_B1W = known_logits(model, model.norm(prompted.last_B1D), vocabulary)
+    cache, draft_cache = caches
+    logits_B1W = known_logits(model, model.norm(last_B1D), vocabulary)
     tokens_B = choose_tokens(penalized(logits_B1W[:, 0], inputs, history), inputs, lengths_B)
-    rows = Rows(prompted.cache, tokens_B, lengths_B, None, None, with_tokens(history, tokens_B))
-    if prompted.draft_cache is None:
+    rows = Rows(cache, tokens_B, lengths_B, None, None, with_tokens(history, tokens_B))
+    if draft_cache is None:
         return rows
     state_B1D, draft_cache = model.draft(
-        model.drafting_state(prompted.last_B1D), tokens_B[:, None], prompted.draft_cache, (lengths_B - 1)[:, None]
+        model.drafting_state(last_B1D), tokens_B[:, None], draft_cache, (lengths_B - 1)[:, None]
     )
     return with_drafts(model, rows, drafts, state_B1D, draft_cache, inputs, vocabulary)

@@ -26,7 +26,7 @@ MOST_WHOLE_LOGITS = 2**22
 # than some hundred rows is slow; with few rows a block is long, so that there are few steps.
 MOST_QUERY_ROWS = 2048
 MOST_BLOCK_LOGITS = 2**20
-LONGEST_BLOCK = 16384
+LONGEST_BLOCK = 4096
 
 
 def is_long(queries: int, length: int) -> bool:
