@@ -3,9 +3,9 @@
 python -m benchmarks.context_length CONFIG [THOUSANDS ...]
 
 CONFIG names a file in configs/, with random parameters and YaRN as in V3; contexts are of so many times 1024 tokens, by
-default 1 to 128. Prints for each the prompt's tokens/s and the milliseconds of a token after it, compilation in neither,
-and the least they could be here: a prompt's products at the rate of one large product, and a token's weights and cache,
-read once, at the rate of one sum over a large array. Peak memory is the process's so far.
+default 1 to 128. Prints for each the prompt's tokens/s and the milliseconds of a token after it, compilation in
+neither, and the least they could be here: a prompt's products at the rate of one large product, and a token's weights
+and cache, read once, at the rate of one sum over a large array. Peak memory is the process's so far.
 """
 
 import dataclasses
@@ -77,15 +77,19 @@ def fastest(work: Callable[[], jax.Array]) -> float:
     return min(times)
 
 
+def machine_rates() -> tuple[float, float]:
+    """Floating-point operations a second, and bytes read a second."""
+    square, column = jnp.ones((2048, 2048)), jnp.ones(64 * 2**20)
+    product, total = jax.jit(lambda x: x @ x), jax.jit(jnp.sum)
+    return 2 * 2048**3 / fastest(lambda: product(square)), column.nbytes / fastest(lambda: total(column))
+
+
 def main() -> None:
     set_up_compiler()
     name, *thousands = sys.argv[1:]
     yarn = {"yarn_factor": 40.0, "yarn_original_length": 4096, "maximum_positions": 163_840}
     model = dataclasses.replace(load_config(name).model, **yarn)
-    square, column = jnp.ones((2048, 2048)), jnp.ones(64 * 2**20)
-    product, total = jax.jit(lambda x: x @ x), jax.jit(jnp.sum)
-    products, reads = 2 * 2048**3 / fastest(lambda: product(square)), column.nbytes / fastest(lambda: total(column))
-    del square, column
+    products, reads = machine_rates()
     print(f"{name}: {products / 1e9:,.0f} GFLOP/s, {reads / 1e9:,.1f} GB/s")
     generator = generator_of(model)
     for context in (1024 * int(number) for number in thousands or CONTEXTS):
@@ -93,8 +97,10 @@ def main() -> None:
         least_prefill, least_token = least(model, context, products, reads)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
         print(
-            f"{context:7,}: prompt {context / prefill:8,.0f} tokens/s in {prefill:6.1f} s (at least {least_prefill:5.1f}); "
-            f"token {1e3 * token:6.2f} ms (at least {1e3 * least_token:5.2f}); peak {memory / 1e6:,.0f} MB",
+            f"{context:7,}: prompt {prefill:6.1f} s (at least {least_prefill:5.1f}), {context / prefill:,.0f} tokens/s",
+            f"token {1e3 * token:6.2f} ms (at least {1e3 * least_token:5.2f})",
+            f"peak {memory / 1e6:,.0f} MB",
+            sep="; ",
             flush=True,
         )
 
