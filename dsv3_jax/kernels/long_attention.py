@@ -18,8 +18,9 @@ from jax import Array
 from dsv3_jax.kernels.attention_blocks import product
 from sharding.collectives import spread_like
 
-# Up to here `absorbed_attention` is as fast or faster: a loop's step costs as much as some hundred entries.
-LONGEST_WHOLE = 2048
+# Up to here `absorbed_attention` is as fast or faster for a token: a step of the loop costs as much as some hundred
+# entries.
+LONGEST_WHOLE = 8192
 MOST_WHOLE_LOGITS = 2**22
 
 # On a CPU a block's logits, float32, should stay in a core's cache between their two products, and a product of fewer

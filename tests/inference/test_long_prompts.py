@@ -7,21 +7,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsv3_jax.inference import engine_device
 from dsv3_jax.inference.engine import Engine
 from dsv3_jax.inference.generation import GenerationError, Generator
 from dsv3_jax.inference.requests import Event, Request
 from dsv3_jax.inference.sampling import Sampling
-from dsv3_jax.kernels.long_attention import LONGEST_WHOLE
+from dsv3_jax.kernels import long_attention
 from dsv3_jax.model.functional import abstract_trees, put_together, skeleton_of
 
 GREEDY, PIECE = Sampling(temperature=0.0), 16
-LONG, NEW = 2200, 6
+LONG, NEW, LONGEST_WHOLE = 1100, 6, 1000
 
 
 @pytest.fixture(scope="module")
 def extended(model):
-    """With an MTP module, and YaRN from 64 positions to 40 times as many."""
-    yarn = {"yarn_factor": 40.0, "yarn_original_length": 64, "maximum_positions": 2560}
+    """With an MTP module, and YaRN from 32 positions to 40 times as many."""
+    yarn = {"yarn_factor": 40.0, "yarn_original_length": 32, "maximum_positions": 1280}
     skeleton = skeleton_of(dataclasses.replace(model.model, mtp_depth=1, layers=2, **yarn))
     draws = np.random.default_rng(5)
 
@@ -57,15 +58,17 @@ def test_pieces_make_what_whole_prompts_make(extended, tokenizer):
     assert pieces._pieces[1]._cache_size() == 2
 
 
-def test_far_beyond_the_original_context_it_is_one_forward_pass_and_holds_nobody_up(extended, tokenizer):
+def test_far_beyond_the_original_context_it_is_one_forward_pass_and_holds_nobody_up(extended, tokenizer, monkeypatch):
+    for module in (long_attention, engine_device):
+        monkeypatch.setattr(module, "LONGEST_WHOLE", LONGEST_WHOLE)
     prompt = prompt_of(LONG)
     assert LONG > LONGEST_WHOLE and LONG > 34 * extended.model.yarn_original_length
-    ((row,), _) = made_by(Generator(extended, tokenizer, prefill_chunk=512), [prompt])
+    ((row,), _) = made_by(Generator(extended, tokenizer, prefill_chunk=256), [prompt])
     whole_1S = np.array([[*prompt, *row[:-1]]], np.int32)
     logits_SW = np.asarray(jax.jit(lambda model, tokens_BS: model(tokens_BS))(extended, whole_1S))[0, LONG - 1 :, :300]
     assert row == logits_SW.argmax(axis=1).tolist()
 
-    engine, told = Engine(extended, tokenizer, slots=2, cache_tokens=2560, prefill_chunk=512), list[str]()
+    engine, told = Engine(extended, tokenizer, slots=2, cache_tokens=1280, prefill_chunk=256), list[str]()
 
     def teller(name: str):
         return lambda event: told.append(name + ("." if event.finish else ""))
@@ -82,7 +85,7 @@ def test_far_beyond_the_original_context_it_is_one_forward_pass_and_holds_nobody
 
 
 def test_a_prompt_beyond_the_model_is_refused_with_the_numbers(extended, tokenizer):
-    with pytest.raises(GenerationError, match="2560 tokens and max_new_tokens=1 need 2561 .*maximum_positions=2560"):
-        made_by(Generator(extended, tokenizer), [[1] * 2560], 1)
+    with pytest.raises(GenerationError, match="1280 tokens and max_new_tokens=1 need 1281 .*maximum_positions=1280"):
+        made_by(Generator(extended, tokenizer), [[1] * 1280], 1)
     with pytest.raises(GenerationError, match="prefill_chunk=0 must be at least 1"):
         Generator(extended, tokenizer, prefill_chunk=0)
