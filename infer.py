@@ -7,9 +7,12 @@ import dataclasses
 import json
 import sys
 
+from tokenizers import Tokenizer
+
 from dsv3_jax.command_line import run_main
-from dsv3_jax.convert.opening import open_model
+from dsv3_jax.convert.opening import OpenedModel, open_model
 from dsv3_jax.data.errors import DataError
+from dsv3_jax.data.tokenizer import encode
 from dsv3_jax.inference.arguments import InferArguments, parse_infer
 from dsv3_jax.inference.chat import chat_template
 from dsv3_jax.inference.completion import complete
@@ -38,6 +41,7 @@ def infer(arguments: InferArguments) -> None:
     model, _, tokenizer = load_opened(opened, mesh=mesh_to_run(arguments.mesh))
     if tokenizer is None:
         raise DataError(f"{opened.path} has no tokenizer.json: text cannot be read or written without one")
+    warn_beyond_training(prompts, opened, tokenizer)
     stream = len(prompts) == 1 and not arguments.json
     if stream and not arguments.chat:
         show(prompts[0])
@@ -63,6 +67,18 @@ def infer(arguments: InferArguments) -> None:
         elif not stream:
             before = "" if arguments.chat else completion.prompt
             print(f"=== prompt {number} of {len(prompts)} ===\n{before}{completion.text}")
+
+
+def warn_beyond_training(prompts: list[str], opened: OpenedModel, tokenizer: Tokenizer) -> None:
+    """A note where a prompt is longer than the rows that the model was trained on."""
+    trained = opened.config.training.sequence_length
+    longest = max(len(encode(tokenizer, prompt)) for prompt in prompts)
+    # How long a released model's rows were is not in its files.
+    if opened.hugging_face is None and longest > trained:
+        note(
+            f"a prompt of {longest} tokens, and the model was trained on rows of {trained}: positions beyond them "
+            "promise nothing, with YaRN (model.yarn_factor) or without, unless trained at that length"
+        )
 
 
 def show(text: str) -> None:

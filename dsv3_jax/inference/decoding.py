@@ -118,7 +118,7 @@ def _prefill(
     last_B11 = (lengths_B - 1)[:, None, None]
     logits_B1W = known_logits(model, model.norm(jnp.take_along_axis(hidden_BSD, last_B11, axis=1)), vocabulary)
     tokens_B = choose_tokens(penalized(logits_B1W[:, 0], inputs, history), inputs, lengths_B)
-    rows = Rows(cache, tokens_B, lengths_B, None, None, _with_tokens(history, tokens_B))
+    rows = Rows(cache, tokens_B, lengths_B, None, None, with_tokens(history, tokens_B))
     if not drafts:
         return rows
     following_BS = jnp.roll(tokens_BS, -1, axis=1).at[jnp.arange(batch), lengths_B - 1].set(tokens_B)
@@ -186,7 +186,7 @@ def next_tokens(
         logits_B1W = known_logits(model, model.norm(hidden_B1D), vocabulary)
         logits_BW = penalized(logits_B1W[:, 0], inputs, rows.history)
         next_B = choose_tokens(logits_BW, inputs, rows.positions_B + 1)
-        rows = rows._replace(cache=cache, history=_with_tokens(rows.history, next_B))
+        rows = rows._replace(cache=cache, history=with_tokens(rows.history, next_B))
         return next_B[:, None], jnp.zeros_like(next_B), logits_B1W, experts_B1LK, rows
     positions_Bn = at_B1 + jnp.arange(drafts + 1)
     tokens_Bn = jnp.concatenate([rows.tokens_B[:, None], rows.drafts.tokens_Bk], axis=1)
@@ -196,7 +196,7 @@ def next_tokens(
         # Each position has heard of the drafts before it.
         heard: list[History | None] = [rows.history]
         for place in range(drafts):
-            heard.append(_with_tokens(heard[-1], rows.drafts.tokens_Bk[:, place]))
+            heard.append(with_tokens(heard[-1], rows.drafts.tokens_Bk[:, place]))
         each = [penalized(logits_BnW[:, place], inputs, history) for place, history in enumerate(heard)]
         logits_BnW = jnp.stack(each, axis=1)
     accepted_B, next_B = verify(logits_BnW, rows.drafts, inputs, rows.positions_B + 1)
@@ -211,7 +211,7 @@ def next_tokens(
     state_B1D = jnp.take_along_axis(state_BnD, accepted_B1[..., None], axis=1)
     history = rows.history
     for place in range(drafts + 1):
-        history = _with_tokens(history, new_Bn[:, place], stays_Bn[:, place])
+        history = with_tokens(history, new_Bn[:, place], stays_Bn[:, place])
     after = Rows(cache, next_B, rows.positions_B + accepted_B + 1, None, None, history)
     after = with_drafts(model, after, drafts, state_B1D, draft_cache, inputs, vocabulary)
     after = after._replace(tokens_B=rows.tokens_B, positions_B=rows.positions_B)
@@ -238,7 +238,7 @@ def with_drafts(
         logits_B1W = known_logits(model, state_B1D, vocabulary)
         logits_BW = penalized(logits_B1W[:, 0], inputs, history)
         token_B, probability_BW = draft_token(logits_BW, inputs, position_B + 1)
-        history = _with_tokens(history, token_B)
+        history = with_tokens(history, token_B)
         tokens.append(token_B)
         probabilities.append(probability_BW)
     return rows._replace(
@@ -246,7 +246,8 @@ def with_drafts(
     )
 
 
-def _with_tokens(history: History | None, tokens_B: Array, counted_B: Array | None = None) -> History | None:
+def with_tokens(history: History | None, tokens_B: Array, counted_B: Array | None = None) -> History | None:
+    """`History.with_tokens`, of every row unless told which, where there is a history."""
     if history is None:
         return None
     return history.with_tokens(tokens_B, jnp.ones(tokens_B.shape, bool) if counted_B is None else counted_B)

@@ -16,6 +16,7 @@ from dsv3_jax.inference.placement import mesh_of, row_parts
 from dsv3_jax.inference.requests import Event, Finish, Request, RoutedExperts, Ticket, TokenLogprobs
 from dsv3_jax.inference.sampling import SamplingInputs
 from dsv3_jax.inference.weights import ready_to_decode
+from dsv3_jax.kernels.long_attention import LONGEST_WHOLE
 from dsv3_jax.model.transformer import Transformer
 from sharding.mesh import row_spec
 
@@ -67,7 +68,7 @@ class Device:
         self._slots = _empty_slots(self._mesh, config, slots, drafts, pages * self.parts, page_size)
         self._inputs: list[tuple[SamplingInputs, Array, Array] | None] = [None] * slots
         self._words, self._drafts, self._pages, self._page_size = config.vocabulary, drafts, pages, page_size
-        self._longest_table = -(-config.maximum_positions // page_size)
+        self._longest_table = min(-(-config.maximum_positions // page_size), pages)
         self._piece_lengths = [prefill_chunk]
         while self._piece_lengths[0] // 4 >= SHORTEST_PIECE:
             self._piece_lengths.insert(0, self._piece_lengths[0] // 4)
@@ -181,7 +182,10 @@ class Device:
     def _table(self, tickets: list[Ticket], positions: int) -> np.ndarray:
         """The pages of the tickets' first `positions` and perhaps more, int32 [tickets, G]; G takes few values."""
         longest = min(-(-positions // self._page_size), max(len(ticket.pages) for ticket in tickets))
-        length = min(max(LEAST_TABLE, 1 << (longest - 1).bit_length()), self._longest_table)
+        length = max(LEAST_TABLE, 1 << (longest - 1).bit_length())
+        # What attention over a long table costs does not depend on its length: one shape for all of them.
+        if length * self._page_size > LONGEST_WHOLE or length > self._longest_table:
+            length = self._longest_table
         table = np.full((len(tickets), length), self._pages, np.int32)
         for row, ticket in zip(table, tickets, strict=True):
             pages = ticket.pages[:length]

@@ -1,8 +1,9 @@
 """Generation: prefill prompts into a latent cache, then decode against it, a chunk of tokens at a time on the device.
 
 Shapes and compiled code. A call compiles prefill and decoding (decoding.py) once for its number of prompts and its two
-bucketed lengths: of the prompts (`prompt_bucket`) and of the cache (`cache_bucket`). Sampling settings, the end token
-and the number of tokens are array arguments and compile nothing.
+bucketed lengths: of the prompts (`prompt_bucket`) and of the cache (`cache_bucket`); of prompts that go into the cache
+in pieces, for the cache's length alone. Sampling settings, the end token and the number of tokens are array arguments
+and compile nothing.
 
 Rows of different lengths are padded on the right. Padding comes after a row's last token, so causality keeps it from
 the row; its cache entries lie after the row's position, so they are masked, and are overwritten one by one as the row
@@ -24,12 +25,16 @@ from dsv3_jax.errors import UserError
 from dsv3_jax.inference.decoding import LONGEST_CHUNK, Made, Rows, Vocabulary, compiled
 from dsv3_jax.inference.penalties import History
 from dsv3_jax.inference.placement import mesh_of, row_parts
+from dsv3_jax.inference.prefilling import compiled_pieces, prefill_by_pieces
 from dsv3_jax.inference.sampling import Sampling, SamplingInputs
 from dsv3_jax.inference.weights import ready_to_decode
 from dsv3_jax.model.transformer import Transformer
 
 # Tokens a call: more and more of them, so that the call's own time is lost among theirs, as long as text still flows.
 FIRST_CHUNK = 8
+# Whole rows are the faster form and take memory with their length squared; a piece of this many tokens is long enough
+# for fast products, and for experts with rows enough.
+PREFILL_CHUNK = 2048
 FLOWING_SECONDS = 0.05
 
 
@@ -55,22 +60,28 @@ class Chunk(NamedTuple):
 class Generator:
     """Continues token ids with a model; `complete` in completion.py does the same for text."""
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, drafts: int = 0):
-        """`drafts`: tokens that the MTP module guesses ahead and the model verifies in one pass; 0: none.
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, drafts: int = 0, prefill_chunk: int = PREFILL_CHUNK):
+        """Args:
+            drafts: tokens that the MTP module guesses ahead and the model verifies in one pass; 0: none.
+            prefill_chunk: longer prompts go into the cache in pieces of so many tokens (prefilling.py).
 
         Raises:
-            GenerationError: drafts of a model without MTP module.
+            GenerationError: drafts of a model without MTP module, or a number too small.
         """
         if drafts < 0 or (drafts and not model.model.mtp_depth):
             raise GenerationError(
                 f"speculative={drafts} must be at least 0, and 0 for a model without MTP module "
                 f"(model.mtp_depth={model.model.mtp_depth})"
             )
+        if prefill_chunk < 1:
+            raise GenerationError(f"prefill_chunk={prefill_chunk} must be at least 1")
         # As leaves, because flattening modules at every call is slow.
         self._leaves, structure = jax.tree.flatten(ready_to_decode(model))
-        self._prefill, self._decode_chunk = compiled(structure, drafts, mesh_of(model))
+        mesh = mesh_of(model)
+        self._prefill, self._decode_chunk = compiled(structure, drafts, mesh)
+        self._pieces = compiled_pieces(structure, drafts, mesh)
         self._parts = row_parts(model)
-        self._config, self._drafts = model.model, drafts
+        self._config, self._drafts, self.prefill_chunk = model.model, drafts, prefill_chunk
         self._vocabulary = Vocabulary.of(tokenizer, self._config.vocabulary)
         self._end = int(self._vocabulary.end)
 
@@ -86,11 +97,10 @@ class Generator:
         longest, count = self._check(prompts, max_new_tokens), len(prompts)
         # As many rows on every device: those added have ended before they begin.
         prompts = [*prompts, *[[self._end]] * (-count % self._parts)]
-        tokens_BS, lengths_B = _padded(prompts, prompt_bucket(longest, self._config))
         inputs = SamplingInputs.of([sampling] * len(prompts), range(len(prompts)))
         cache_length = cache_bucket(longest + max_new_tokens, self._config)
         history = History.of(prompts, self._config.vocabulary) if sampling.penalizes else None
-        rows = self._prefill(self._leaves, tokens_BS, lengths_B, inputs, self._vocabulary, history, cache_length)
+        rows = self._prefilled(prompts, longest, cache_length, inputs, history)
         if len(prompts) > count:
             rows = rows._replace(tokens_B=rows.tokens_B.at[count:].set(self._end))
         ended_B = np.zeros(count, bool)
@@ -113,6 +123,20 @@ class Generator:
             yield Chunk(new_ids, seconds, int(made.passes), np.asarray(made.accepted_k).tolist())
             if 2 * seconds < FLOWING_SECONDS:
                 steps = min(2 * steps, LONGEST_CHUNK)
+
+    def _prefilled(
+        self,
+        prompts: Sequence[Sequence[int]],
+        longest: int,
+        cache_length: int,
+        inputs: SamplingInputs,
+        history: History | None,
+    ) -> Rows:
+        if longest > self.prefill_chunk:
+            piece, words = self.prefill_chunk, self._vocabulary
+            return prefill_by_pieces(self._leaves, self._pieces, prompts, piece, cache_length, inputs, words, history)
+        tokens_BS, lengths_B = _padded(prompts, prompt_bucket(longest, self._config))
+        return self._prefill(self._leaves, tokens_BS, lengths_B, inputs, self._vocabulary, history, cache_length)
 
     def _decode(self, rows: Rows, inputs: SamplingInputs, steps: int) -> tuple[Rows, Made]:
         return self._decode_chunk(self._leaves, rows, inputs, self._vocabulary, np.int32(steps))

@@ -4,6 +4,8 @@ Training and prefill expand the latent into per-head keys and values; decoding a
 query and the output (V2 appendix C), so that it reads only the cached latent. Both compute the same function.
 """
 
+from functools import partial
+
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -11,6 +13,8 @@ from jax import Array
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.kernels.attention import absorbed_attention, causal_attention
 from dsv3_jax.kernels.context_attention import context_attention
+from dsv3_jax.kernels.long_attention import is_long, long_absorbed_attention
+from dsv3_jax.model.cache import Latents, block_multiple, cache_length, read, read_block
 from dsv3_jax.model.layers import RMSNorm, contract, kept, parameter, whole
 from dsv3_jax.model.rope import Rotation, rotate, softmax_scale
 from sharding.collectives import axis_size, summed
@@ -66,22 +70,31 @@ class MultiHeadLatentAttention(nnx.Module):
             mixed_BSHV = context_attention(query_BSHd, key_BTHd, value_BTHV, scale, segment_ids)
         return self._output(mixed_BSHV), latent_BSX
 
-    def decode(self, x_BSD: Array, by: Rotation, cache_BTX: Array, positions_BS: Array) -> Array:
+    def decode(self, x_BSD: Array, by: Rotation, cache: Latents, positions_BS: Array) -> Array:
         """Attention of new tokens over the cache, in which their own latents already stand.
 
         Args:
             x_BSD: the new tokens.
             by: their rotation.
-            cache_BTX: [B, T, C + R], entry t of a row at position t; entries after a token's position are not read.
+            cache: entries after a token's position do not count.
             positions_BS: int32 position of each new token.
         """
-        query_BSHX, rank = self._latent_queries(x_BSD, by), self.model.key_value_latent
-        mixed_BSHC = absorbed_attention(query_BSHX, cache_BTX, rank, softmax_scale(self.model), positions_BS)
+        mixed_BSHC = self._mixed(self._latent_queries(x_BSD, by), cache, positions_BS)
         if hasattr(self, "merged"):
             mixed_BSM = mixed_BSHC.reshape(*x_BSD.shape[:2], -1)
             return summed(self._contract("bsm,md->bsd", mixed_BSM, self.merged[1]), TENSOR_AXES)
         _, value_up_HCV = self._absorbed()
         return self._output(contract("bshc,hcv->bshv", mixed_BSHC, value_up_HCV, self.dtype))
+
+    def _mixed(self, query_BSHX: Array, cache: Latents, positions_BS: Array) -> Array:
+        """[B, S, H, C]: a short cache at once, a long one block by block."""
+        rank, scale, length = self.model.key_value_latent, softmax_scale(self.model), cache_length(cache)
+        batch, new, heads, _ = query_BSHX.shape
+        if not is_long(batch * new * heads, length):
+            return absorbed_attention(query_BSHX, read(cache, positions_BS), rank, scale, positions_BS)
+        block_of = partial(read_block, cache)
+        multiple = block_multiple(cache)
+        return long_absorbed_attention(query_BSHX, block_of, length, multiple, rank, scale, positions_BS)
 
     def latent(self, x_BSD: Array, by: Rotation) -> Array:
         """What the cache keeps of each token: the normed latent (C) and the rotated, un-normed shared key (R)."""

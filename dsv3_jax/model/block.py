@@ -6,7 +6,7 @@ from jax import Array
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.attention import MultiHeadLatentAttention
-from dsv3_jax.model.cache import Latents, read, write
+from dsv3_jax.model.cache import Latents, write
 from dsv3_jax.model.layers import FeedForward, RMSNorm, kept
 from dsv3_jax.model.moe import MixtureOfExperts, RouterStatistics
 from dsv3_jax.model.rope import Rotation
@@ -49,7 +49,7 @@ class Block(nnx.Module):
         """
         normed_BSD = self.attention_norm(x_BSD)
         cache = write(cache, self.attention.latent(normed_BSD, by), positions_BS)
-        attended_BSD = self.attention.decode(normed_BSD, by, read(cache, positions_BS), positions_BS)
+        attended_BSD = self.attention.decode(normed_BSD, by, cache, positions_BS)
         x_BSD, routing = self._feed(x_BSD + attended_BSD)
         return x_BSD, cache, None if routing is None else routing.experts_NK.reshape(*x_BSD.shape[:2], -1)
 

@@ -3,11 +3,12 @@
 `write(cache, latent_BSX, positions_BS)` returns the cache with new tokens' latents at their positions, and
 `read(cache, positions_BS)` what attention of tokens at these positions may look at: [B, T, X], entry t at position t,
 finite wherever no token up to the latest of these positions has written anything else. A position outside the cache
-is not written.
+is not written. Of a long cache `read` would copy too much: `read_block` gives a row's entries a block at a time.
 """
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -49,3 +50,23 @@ def read(cache: Latents, positions_BS: Array) -> Array:
     length = entries_BTX.shape[1]
     latest_B = jnp.where(positions_BS < length, positions_BS, -1).max(axis=1)
     return jnp.where((jnp.arange(length) <= latest_B[:, None])[..., None], entries_BTX, 0)
+
+
+def cache_length(cache: Latents) -> int:
+    """T."""
+    return cache.table_BG.shape[1] * block_multiple(cache) if isinstance(cache, PagedLatents) else cache.shape[1]
+
+
+def block_multiple(cache: Latents) -> int:
+    """What the starts and sizes of blocks must be multiples of."""
+    return cache.pages_YZX.shape[1] if isinstance(cache, PagedLatents) else 1
+
+
+def read_block(cache: Latents, row: Array, start: Array, size: int) -> Array:
+    """Entries start .. start + size - 1 of one row, [size, X]; those that nothing was written to may be anything."""
+    if not isinstance(cache, PagedLatents):
+        return jax.lax.dynamic_slice(cache, (row, start, 0), (1, size, cache.shape[2]))[0]
+    pages_YZX, table_BG = cache
+    of_page = block_multiple(cache)
+    pages_1g = jax.lax.dynamic_slice(table_BG, (row, start // of_page), (1, size // of_page))
+    return pages_YZX.at[pages_1g[0]].get(mode="fill", fill_value=0).reshape(size, -1)
