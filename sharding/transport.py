@@ -47,7 +47,7 @@ def ship(rows: Array, into: Array, shipment: Shipment, axes: Sequence[str]) -> A
     `rows` [.., trailing dims] and `into` [.., the same trailing dims] may differ in length. Every device calls this.
     """
 
-    if platform() == "cpu":  # XLA:CPU has no ragged all-to-all
+    if not _has_ragged():
         return _padded(rows, into, shipment, tuple(axes))
     return jax.lax.ragged_all_to_all(
         rows,
@@ -58,6 +58,14 @@ def ship(rows: Array, into: Array, shipment: Shipment, axes: Sequence[str]) -> A
         shipment.receive_size,
         axis_name=tuple(axes),
     )
+
+
+def _has_ragged() -> bool:
+    """Whether the backend has a ragged all-to-all. XLA:CPU has none; of v5e it is refused beyond one host's eight chips:
+    "not supported in limited ICI routing settings" (libtpu 0.0.4x for jax 0.10)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    is_v5e = mesh.abstract_device is not None and mesh.abstract_device.device_kind == "TPU v5 lite"
+    return platform() != "cpu" and not (is_v5e and mesh.size > 8)
 
 
 def _padded(rows: Array, into: Array, shipment: Shipment, axes: tuple[str, ...]) -> Array:

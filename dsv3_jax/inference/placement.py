@@ -34,12 +34,15 @@ def mesh_of(model: Transformer) -> Mesh | None:
     Raises:
         PlacementError: rows divided by position, or devices of several processes.
     """
-    sharding = getattr(model.embedding[...], "sharding", None)
+    sharding = getattr(model.embedding.get_value(), "sharding", None)
     if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
         return None
     mesh = sharding.mesh
     assert isinstance(mesh, Mesh)
     check_mesh(mesh)
+    processes = len({device.process_index for device in mesh.devices.flat})
+    if processes > 1:
+        raise PlacementError(f"generation runs in one process, and the mesh has devices of {processes}")
     return mesh
 
 
@@ -50,13 +53,10 @@ def row_parts(model: Transformer) -> int:
 
 
 def check_mesh(mesh: Mesh) -> None:
-    """Raises PlacementError as `mesh_of` does."""
+    """Raises PlacementError where rows are divided by position."""
     for axis in CONTEXT_AXES:
         if (size := mesh.shape.get(axis, 1)) > 1:
             raise PlacementError(f"mesh.{axis}={size} must be 1 to generate: a row's cache is in one piece")
-    processes = len({device.process_index for device in mesh.devices.flat})
-    if processes > 1:
-        raise PlacementError(f"generation runs in one process, and the mesh has devices of {processes}")
 
 
 def leaf_specs(structure: jax.tree_util.PyTreeDef, mesh: Mesh) -> list[PartitionSpec]:

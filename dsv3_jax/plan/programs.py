@@ -5,18 +5,20 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax import Array
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from dsv3_jax.config import Config
-from dsv3_jax.inference.weights import with_inference_types
-from dsv3_jax.model.functional import Skeleton, Tree, abstract_trees, parameter_specs, put_together
+from dsv3_jax.inference.placement import leaf_specs, over
+from dsv3_jax.inference.weights import ready_to_decode
+from dsv3_jax.model.functional import Skeleton, abstract_trees, put_together, to_run
 from dsv3_jax.model.transformer import Cache, Transformer
 from dsv3_jax.training.losses import Batch
 from dsv3_jax.training.state import TrainState, abstract_state
 from dsv3_jax.training.step import make_train_step
-from sharding.mesh import on_mesh, row_spec, shardings
+from sharding.collectives import joined
+from sharding.mesh import row_spec, shardings
+from sharding.rules import TENSOR_AXES
 
 
 class Given(NamedTuple):
@@ -40,10 +42,9 @@ def traced_prefill(
 ) -> tuple[jax.stages.Traced, Given]:
     """`rows` prompts of `positions` tokens into an empty cache, and the token that follows each."""
 
-    def prefill(parameters: Tree, router_bias: Tree, tokens_BS: Array, cache: Cache) -> tuple[Array, Cache]:
-        model = put_together(skeleton, parameters, router_bias)
+    def prefill(model: Transformer, tokens_BS: Array, cache: Cache) -> tuple[Array, Cache]:
         hidden_BSD, cache = model.prefill(tokens_BS, cache)
-        return jnp.argmax(model.logits(model.norm(hidden_BSD[:, -1:]))[:, 0], axis=-1), cache
+        return _most_probable(model, hidden_BSD[:, -1:]), cache
 
     return _traced(prefill, config, skeleton, mesh, rows, positions, (rows, positions))
 
@@ -53,13 +54,17 @@ def traced_decode(
 ) -> tuple[jax.stages.Traced, Given]:
     """One more token for each of `rows` rows, against a cache of `positions` positions."""
 
-    def decode(parameters: Tree, router_bias: Tree, tokens_B1: Array, cache: Cache) -> tuple[Array, Cache]:
-        model = put_together(skeleton, parameters, router_bias)
+    def decode(model: Transformer, tokens_B1: Array, cache: Cache) -> tuple[Array, Cache]:
         last_B1 = jnp.full_like(tokens_B1, positions - 1)
         hidden_B1D, cache, _ = model.decode(tokens_B1, cache, last_B1)
-        return jnp.argmax(model.logits(model.norm(hidden_B1D))[:, 0], axis=-1), cache
+        return _most_probable(model, hidden_B1D), cache
 
     return _traced(decode, config, skeleton, mesh, rows, positions, (rows, 1))
+
+
+def _most_probable(model: Transformer, hidden_B1D: Array) -> Array:
+    logits_BW = joined(model.logits(model.norm(hidden_B1D)), 2, TENSOR_AXES)[:, 0]
+    return jnp.argmax(logits_BW, axis=-1)
 
 
 def _traced(
@@ -71,20 +76,15 @@ def _traced(
     positions: int,
     tokens: tuple[int, int],
 ) -> tuple[jax.stages.Traced, Given]:
-    # A cache is divided as the rows are, its layers on every device.
-    cache = jax.eval_shape(lambda: Transformer(config.model, nnx.Rngs(0)).empty_cache(rows, positions))
-    of_rows, of_cache = row_spec(mesh), [PartitionSpec(None, *row_spec(mesh)) for _ in cache]
-    specs = (*parameter_specs(skeleton, mesh), of_rows, of_cache)
-    parameters, router_bias = abstract_trees(skeleton)
-    typed = with_inference_types(_cast, parameters, config.model.precision)
+    """`function(model, tokens, cache)` of the model as generation holds it, its layers one by one."""
+    model = jax.eval_shape(ready_to_decode, put_together(to_run(skeleton), *abstract_trees(skeleton)))
+    leaves, structure = jax.tree.flatten(model)
+    cache = jax.eval_shape(lambda model: model.empty_cache(rows, positions), model)
+    by_rows = jax.tree.map(lambda _: row_spec(mesh), (jax.ShapeDtypeStruct(tokens, jnp.int32), cache))
     arguments = jax.tree.map(
         lambda leaf, placed: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed),
-        (typed, router_bias, jax.ShapeDtypeStruct(tokens, jnp.int32), cache),
-        shardings(mesh, specs),
+        (leaves, jax.ShapeDtypeStruct(tokens, jnp.int32), cache),
+        shardings(mesh, (leaf_specs(structure, mesh), *by_rows)),
     )
-    on_devices = on_mesh(function, mesh, specs, (of_rows, of_cache))
-    return jax.jit(on_devices, donate_argnums=3).trace(*arguments), Given(arguments[0], arguments[3])
-
-
-def _cast(leaf: jax.ShapeDtypeStruct, dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, dtype)
+    on_devices = over(mesh, structure, function, ("rows", "rows"), "rows")
+    return jax.jit(on_devices, donate_argnums=2).trace(*arguments), Given(arguments[0], arguments[2])
