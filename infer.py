@@ -38,7 +38,7 @@ def infer(arguments: InferArguments) -> None:
     prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in arguments.prompt]
     opened = open_model(arguments.checkpoint)
     use_one_thread(opened.config.model)
-    model, _, tokenizer = load_opened(opened, mesh=mesh_to_run(arguments.mesh))
+    model, _, tokenizer = load_opened(opened, mesh=mesh_to_run(arguments.mesh), weights=arguments.weights)
     if tokenizer is None:
         raise DataError(f"{opened.path} has no tokenizer.json: text cannot be read or written without one")
     warn_beyond_training(prompts, opened, tokenizer)

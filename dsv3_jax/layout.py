@@ -29,8 +29,8 @@ def mesh_of(config: Config, skeleton: Skeleton, devices: Sequence[Any] | None = 
     return mesh
 
 
-def mesh_to_run(requested: MeshConfig) -> Mesh:
-    """The mesh for a model that only runs, of all devices; where every axis is 1, the first device.
+def mesh_to_run(requested: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh for a model that only runs, of all devices unless given; where every axis is 1, the first of them.
 
     Raises:
         LayoutError: the axes do not multiply to the devices.
@@ -38,8 +38,9 @@ def mesh_to_run(requested: MeshConfig) -> Mesh:
     """
     sizes = dataclasses.asdict(requested)
     if all(size == 1 for size in sizes.values()):
-        return one_device()
-    mesh = make_mesh(axis_sizes(sizes, len(jax.devices())))
+        return one_device() if devices is None else make_mesh(axis_sizes(sizes, 1), devices[:1])
+    devices = jax.devices() if devices is None else devices
+    mesh = make_mesh(axis_sizes(sizes, len(devices)), devices)
     check_mesh(mesh)
     return mesh
 

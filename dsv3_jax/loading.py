@@ -9,13 +9,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
-from dsv3_jax.config import Config, ConfigError
+from dsv3_jax.config import Config, ConfigError, Weights
 from dsv3_jax.convert.opening import OpenedModel, open_model
 from dsv3_jax.data.tokenizer import tokenizer_from
 from dsv3_jax.inference.weights import with_inference_types
 from dsv3_jax.model.functional import (
     Tree,
     abstract_trees,
+    in_float8,
     logical_axes,
     parameter_specs,
     put_together,
@@ -30,7 +31,7 @@ COMPUTE_TYPES = ("float32", "bfloat16")
 
 
 def load(
-    path: str | Path, *, mesh: Mesh | None = None, dtype: Any = None
+    path: str | Path, *, mesh: Mesh | None = None, dtype: Any = None, weights: Weights = "compute"
 ) -> tuple[Transformer, Config, Tokenizer | None]:
     """The model on disk, its configuration and, where it has one, its tokenizer.
 
@@ -42,23 +43,27 @@ def load(
         mesh: devices to divide the parameters over, as in training, but that only fsdp stores what is not experts in
             pieces; each process reads what its devices hold. None: the first device.
         dtype: "float32" or "bfloat16", what the matmuls compute in; None: the saved `model.precision`.
+        weights: "compute": held in that type. "float8": as the blocks of an FP8 checkpoint, in half of bfloat16's
+            memory; each matrix becomes `dtype` where it is used, and the results are the same.
 
     Raises:
-        UserError: none of these there, or one that is not whole.
+        UserError: none of these there, one that is not whole, or one not in FP8 that is to be held so.
         ConfigError: another dtype.
         LayoutError: a parameter does not divide over the mesh.
     """
-    return load_opened(open_model(Path(path)), mesh=mesh, dtype=dtype)
+    return load_opened(open_model(Path(path)), mesh=mesh, dtype=dtype, weights=weights)
 
 
 def load_opened(
-    opened: OpenedModel, *, mesh: Mesh | None = None, dtype: Any = None
+    opened: OpenedModel, *, mesh: Mesh | None = None, dtype: Any = None, weights: Weights = "compute"
 ) -> tuple[Transformer, Config, Tokenizer | None]:
     """`load` of a model that is open already."""
     config = opened.config if dtype is None else _with_precision(opened.config, dtype)
     skeleton, mesh = to_run(skeleton_of(config.model)), mesh or one_device()
+    check_layout(abstract_trees(skeleton)[0], logical_axes(skeleton), mesh)
+    if weights == "float8":
+        skeleton = in_float8(skeleton, mesh)
     parameters, router_bias = abstract_trees(skeleton)
-    check_layout(parameters, logical_axes(skeleton), mesh)
     parameters = with_inference_types(_abstract, parameters, config.model.precision)
     placed = shardings(mesh, parameter_specs(skeleton, mesh))
     read = opened.read({"parameters": _placed(parameters, placed[0]), "router_bias": _placed(router_bias, placed[1])})
@@ -74,7 +79,10 @@ def tokenizer_of(opened: OpenedModel) -> Tokenizer | None:
 
 
 def _placed(abstract: Tree, places: Tree) -> Tree:
-    return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), abstract, places)
+    def place(at: Any, leaves: Tree) -> Tree:  # a parameter in FP8 is two arrays in one place
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), leaves)
+
+    return jax.tree.map(place, places, abstract)
 
 
 def _abstract(leaf: Any, dtype: jnp.dtype) -> jax.ShapeDtypeStruct:

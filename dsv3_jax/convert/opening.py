@@ -6,12 +6,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+
 from dsv3_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig, check
 from dsv3_jax.convert.directory import HuggingFaceDirectory, is_hugging_face
 from dsv3_jax.convert.inventory import Inventory, check_values, opened_inventory
 from dsv3_jax.convert.parameters import Tree, read_parameters
 from dsv3_jax.convert.safetensors_file import SafetensorsReader
 from dsv3_jax.convert.sources import DirectoryTensors, StoredForm, TensorSource, saved_tensors
+from dsv3_jax.model.float8 import Float8Blocks
 from dsv3_jax.training.checkpoint import open_checkpoint, restore_part
 from dsv3_jax.training.progress import note
 
@@ -29,7 +32,7 @@ class OpenedModel(NamedTuple):
 
     def read(self, abstract: Tree) -> Tree:
         """Arrays for {"parameters": ..., "router_bias": ...}, given as ShapeDtypeStructs or as arrays to replace."""
-        if self.trained_here:
+        if self.trained_here and not _float8_in(abstract):
             return restore_part(self.path, abstract)
         with self.tensors() as source:
             return read_parameters(source, abstract)
@@ -71,6 +74,11 @@ def open_model(path: Path) -> OpenedModel:
         lambda: nullcontext(saved_tensors(saved.directory / "state", saved.config.model, stored)),
         trained_here=form is None,
     )
+
+
+def _float8_in(abstract: Tree) -> bool:
+    leaves = jax.tree.leaves(abstract, is_leaf=lambda leaf: isinstance(leaf, Float8Blocks))
+    return any(isinstance(leaf, Float8Blocks) for leaf in leaves)
 
 
 @contextmanager

@@ -3,18 +3,19 @@
 import itertools
 import math
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import numpy as np
 
+from dsv3_jax.convert.float8_parts import Bounds, codes_of, refuse_other_types, scales_of
 from dsv3_jax.convert.sources import TensorSource, values
 from dsv3_jax.convert.tensors import Leaf
+from dsv3_jax.model.float8 import Float8Blocks
 
 Tree = dict[str, Any]
-Bounds = tuple[tuple[int, int], ...]
-"""Start and stop in every dim."""
 
 
 def read_parameters(source: TensorSource, abstract: Tree) -> Tree:
@@ -28,23 +29,39 @@ def read_parameters(source: TensorSource, abstract: Tree) -> Tree:
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
 
-        def array(path: tuple[Any, ...], wanted: Any) -> jax.Array:
+        def array(path: tuple[Any, ...], wanted: Any) -> Any:
             leaf = leaves[tuple(key.key for key in path)]
+            if isinstance(wanted, Float8Blocks):
+                return in_float8(leaf, wanted)
             assert tuple(wanted.shape) == leaf.shape, f"{leaf.name}: {wanted.shape} wanted of {leaf.shape}"
+            return placed(wanted, lambda bounds: _parts_of(source, leaf, bounds, wanted.dtype, pool))
+
+        def in_float8(leaf: Leaf, wanted: Float8Blocks) -> Float8Blocks:
+            refuse_other_types(source, leaf)
+
+            def codes(bounds: set[Bounds]) -> dict[Bounds, np.ndarray]:
+                return {one: codes_of(source, leaf, one, pool) for one in bounds}
+
+            def scales(bounds: set[Bounds]) -> dict[Bounds, np.ndarray]:
+                return {one: scales_of(source, leaf, one, wanted.blocks, pool) for one in bounds}
+
+            return Float8Blocks(placed(wanted.codes, codes), placed(wanted.scales, scales), wanted.blocks)
+
+        def placed(wanted: Any, parts_of: Callable[[set[Bounds]], dict[Bounds, np.ndarray]]) -> jax.Array:
             sharding = getattr(wanted, "sharding", None) or here
-            indices = sharding.addressable_devices_indices_map(leaf.shape)
-            bounds = {device: _bounds(leaf, index) for device, index in indices.items()}
-            parts = _parts_of(source, leaf, set(bounds.values()), wanted.dtype, pool)
+            indices = sharding.addressable_devices_indices_map(wanted.shape)
+            bounds = {device: _bounds(wanted.shape, index) for device, index in indices.items()}
+            parts = parts_of(set(bounds.values()))
             on_devices = [jax.device_put(parts[part], device) for device, part in bounds.items()]
-            return jax.make_array_from_single_device_arrays(leaf.shape, sharding, on_devices)
+            return jax.make_array_from_single_device_arrays(wanted.shape, sharding, on_devices)
 
-        return jax.tree_util.tree_map_with_path(array, abstract)
+        return jax.tree_util.tree_map_with_path(array, abstract, is_leaf=lambda one: isinstance(one, Float8Blocks))
 
 
-def _bounds(leaf: Leaf, index: tuple[slice, ...] | None) -> Bounds:
+def _bounds(shape: tuple[int, ...], index: tuple[slice, ...] | None) -> Bounds:
     index = index or ()
-    dims = [*index, *[slice(None)] * (len(leaf.shape) - len(index))]
-    return tuple(one.indices(size)[:2] for one, size in zip(dims, leaf.shape, strict=True))
+    dims = [*index, *[slice(None)] * (len(shape) - len(index))]
+    return tuple(one.indices(size)[:2] for one, size in zip(dims, shape, strict=True))
 
 
 def _parts_of(

@@ -5,12 +5,12 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import tyro
 
 from dsv3_jax.command_line import option_pairs, suggestion
-from dsv3_jax.config import MeshConfig
+from dsv3_jax.config import MeshConfig, Weights
 from dsv3_jax.errors import ArgumentError
 from dsv3_jax.inference.sampling import Sampling, SamplingError
 
@@ -51,6 +51,9 @@ class InferArguments:
     """Serving: requests that run at the same time; others wait."""
     cache_tokens: int | None = None
     """Serving: tokens that the cache holds over all requests; by default 4096 a slot, or the model's whole context."""
+    weights: Weights = "compute"
+    """How the matrices are held: in the type they are multiplied in, or as the blocks of an FP8 Hugging Face directory,
+    in half the memory of bfloat16; the results are the same."""
     mesh: MeshConfig = ONE_DEVICE
     """Devices to divide model and requests over; all 1, the default here: the first device."""
 
@@ -60,10 +63,11 @@ SERVING = ("host", "port", "api_key", "slots", "cache_tokens")
 MESH = tuple(f"mesh.{axis.name}" for axis in fields(MeshConfig))
 OPTIONS = (
     *("checkpoint", "prompt", "max_new_tokens", "speculative", "stop", "temperature", "top_k", "top_p", "min_p"),
-    *("repetition_penalty", "presence_penalty", "frequency_penalty", "seed", *FLAGS, *SERVING, *MESH),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty", "seed", "weights"),
+    *(*FLAGS, *SERVING, *MESH),
 )
 # What a server has, too; the rest is for prompts of the command line.
-ALSO_SERVING = ("checkpoint", "speculative", "serve", *SERVING, *MESH)
+ALSO_SERVING = ("checkpoint", "speculative", "serve", "weights", *SERVING, *MESH)
 PLACEHOLDER = InferArguments(Path(), ())
 
 
@@ -122,6 +126,7 @@ def _require_readable(option: str) -> None:
         name = option[2:].partition("=")[0]
         whole = ("max_new_tokens", "speculative", "top_k", "seed", "port", "slots", "cache_tokens", *MESH)
         kind = "no value" if name in FLAGS else "a whole number" if name in whole else "a number"
+        kind = " or ".join(get_args(Weights)) if name == "weights" else kind
         raise ArgumentError(f"{option} cannot be read: expected {kind}") from None
 
 

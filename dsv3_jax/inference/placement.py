@@ -63,7 +63,11 @@ def leaf_specs(structure: jax.tree_util.PyTreeDef, mesh: Mesh) -> list[Partition
     """Of every leaf of a model of this structure, in their order."""
     model = jax.tree.unflatten(structure, [np.zeros(())] * structure.num_leaves)
     variables = jax.tree.leaves(model, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
-    return [partition_spec(variable.get_metadata("logical_axes"), mesh) for variable in variables]
+    return [
+        partition_spec(variable.get_metadata("logical_axes"), mesh)
+        for variable in variables
+        for _ in jax.tree.leaves(variable)  # of blocks in FP8 codes and scales
+    ]
 
 
 def placed(model: Transformer, mesh: Mesh) -> Transformer:

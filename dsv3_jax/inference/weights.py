@@ -14,16 +14,20 @@ from dsv3_jax.model.transformer import Transformer
 
 # What computes in float32 whatever the matmuls do: norm gains and the router.
 KEPT_FLOAT32 = frozenset({"gain", "router"})
+FLOAT8_BLOCKS = frozenset({"codes", "scales"})
 
 
 def with_inference_types(change: Callable[[Any, jnp.dtype], Any], tree: Any, precision: str) -> Any:
     """`change(leaf, dtype)` on every parameter of a model or of its tree.
 
     Matrices get the compute type, to which the model casts them anyway: the results are the same, in half the memory.
+    Those held in FP8 stay as they are.
     """
 
     def change_one(path: tuple[Any, ...], leaf: Any) -> Any:
         names = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
+        if names[-1] in FLOAT8_BLOCKS:
+            return leaf
         return change(leaf, jnp.dtype(jnp.float32 if KEPT_FLOAT32.intersection(names) else precision))
 
     return jax.tree_util.tree_map_with_path(change_one, tree)

@@ -110,22 +110,23 @@ class MultiHeadLatentAttention(nnx.Module):
         """
         if hasattr(self, "absorbed") or hasattr(self, "merged"):
             return
-        (key_up_HPC, value_up_HCV), query_up_QHd, output_HVD = self._absorbed(), self._query_up()[...], self.output[...]
-        apart = key_up_HPC.size + value_up_HCV.size + query_up_QHd.size + output_HVD.size
-        (inputs, heads, _), (*_, rank), width = query_up_QHd.shape, key_up_HPC.shape, output_HVD.shape[-1]
+        key_up_HPC, value_up_HCV = self._absorbed()
+        (heads, _, rank), width = key_up_HPC.shape, self.model.width
+        query_up, output = self._query_up(), self.output
+        inputs = self.model.query_latent or width
+        apart = key_up_HPC.size + value_up_HCV.size + heads * inputs * self.model.query_key_head_dim
+        apart += heads * self.model.value_head_dim * width
         if self.dtype != jnp.float32 or heads * (inputs * self.model.cache_width + rank * width) > apart:
-            latent = self.key_value_up.get_metadata("logical_axes")[0]
-            axes = ("heads", "nope_and_value_dim", latent), ("heads", latent, "nope_and_value_dim")
+            latent_axis = _axes_of(self.key_value_up)[0]
+            axes = ("heads", "nope_and_value_dim", latent_axis), ("heads", latent_axis, "nope_and_value_dim")
             self.absorbed = _kept((key_up_HPC, value_up_HCV), axes)
             return
-        nope_QHP, rope_QHR = jnp.split(query_up_QHd, [self.model.nope_head_dim], axis=-1)
+        nope_QHP, rope_QHR = jnp.split(whole(query_up, self.dtype), [self.model.nope_head_dim], axis=-1)
         query_QHC = contract("qhp,hpc->qhc", nope_QHP, key_up_HPC, self.dtype)
         query_QHX = jnp.concatenate([query_QHC, rope_QHR], axis=-1)
-        output_MD = contract("hcv,hvd->hcd", value_up_HCV, output_HVD, self.dtype).reshape(-1, width)
-        inputs_axis = self._query_up().get_metadata("logical_axes")[0]
-        width_axis = self.output.get_metadata("logical_axes")[-1]
-        axes = (inputs_axis, "heads", "key_value_latent_and_rope"), ("heads", width_axis)
-        self.merged = _kept((query_QHX, output_MD), axes)
+        output_HCD = contract("hcv,hvd->hcd", value_up_HCV, whole(output, self.dtype), self.dtype)
+        axes = (_axes_of(query_up)[0], "heads", "key_value_latent_and_rope"), ("heads", _axes_of(output)[-1])
+        self.merged = _kept((query_QHX, output_HCD.reshape(-1, width)), axes)
 
     def _absorbed(self) -> tuple[Array, Array]:
         """The expansion to keys [H, P, C] and that to values [H, C, V], a matrix a head."""
@@ -168,6 +169,10 @@ class MultiHeadLatentAttention(nnx.Module):
 
     def _contract(self, equation: str, left: Array, right: nnx.Variable) -> Array:
         return contract(equation, left, whole(right, self.dtype), self.dtype)
+
+
+def _axes_of(parameter: nnx.Variable) -> tuple[str, ...]:
+    return parameter.get_metadata("logical_axes")
 
 
 def _kept(matrices: tuple[Array, ...], axes: tuple[tuple[str, ...], ...]) -> nnx.List[nnx.Cache]:

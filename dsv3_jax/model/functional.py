@@ -6,10 +6,12 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.float8 import Float8Blocks, blocks_of
 from dsv3_jax.model.layers import RouterBias
 from dsv3_jax.model.transformer import Transformer
 from sharding.rules import RUNNING, partition_specs
@@ -39,6 +41,22 @@ def to_run(skeleton: Skeleton) -> Skeleton:
         return variable.replace(logical_axes=tuple(RUNNING.get(axis, axis) for axis in axes))
 
     parameters = jax.tree.map(renamed, skeleton.parameters, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    return skeleton._replace(parameters=parameters)
+
+
+def in_float8(skeleton: Skeleton, mesh: Mesh | None = None) -> Skeleton:
+    """The skeleton with the matrices that an FP8 checkpoint has in FP8 so; only to run."""
+
+    def changed(variable: nnx.Variable) -> nnx.Variable:
+        shape = variable.get_value().shape
+        blocks = blocks_of(variable.get_metadata("logical_axes"), shape, mesh)
+        if blocks is None:
+            return variable
+        grid = tuple(-(-size // block) for size, block in zip(shape, blocks, strict=True))
+        codes, scales = jax.ShapeDtypeStruct(shape, jnp.float8_e4m3fn), jax.ShapeDtypeStruct(grid, jnp.float32)
+        return variable.replace(Float8Blocks(codes, scales, blocks))
+
+    parameters = jax.tree.map(changed, skeleton.parameters, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
     return skeleton._replace(parameters=parameters)
 
 

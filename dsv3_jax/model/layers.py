@@ -11,6 +11,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax.kernels import attention
+from dsv3_jax.model.float8 import Float8Blocks
 from sharding.collectives import gathered
 from sharding.rules import stored_dim
 
@@ -67,8 +68,10 @@ def whole(parameter: nnx.Variable, dtype: jnp.dtype) -> Array:
 
     A dim divided by what devices compute, such as heads or experts, stays this device's part.
     """
-    stored = stored_dim(parameter.get_metadata("logical_axes"))
-    return gathered(parameter[...], stored.dim, stored.axes, dtype) if stored else parameter[...].astype(dtype)
+    stored, value = stored_dim(parameter.get_metadata("logical_axes")), parameter.get_value()
+    if isinstance(value, Float8Blocks):
+        value = value.values(dtype)
+    return gathered(value, stored.dim, stored.axes, dtype) if stored else value.astype(dtype)
 
 
 class RMSNorm(nnx.Module):

@@ -18,7 +18,7 @@ import tyro
 from tqdm import tqdm
 
 from dsv3_jax.command_line import parse_with_config, run_main
-from dsv3_jax.config import Config
+from dsv3_jax.config import Config, Weights
 from dsv3_jax.errors import ArgumentError
 from dsv3_jax.plan.plan import Kind, make_plan, plan_work, summary
 from dsv3_jax.plan.report import report
@@ -42,6 +42,8 @@ class PlanArguments:
     """Prompts at a time, for prefill and decode. None: one for every device that takes rows."""
     positions: int | None = None
     """Tokens of a prompt, or positions of the cache. None: training.sequence_length."""
+    weights: Weights = "compute"
+    """For prefill and decode, how the matrices are held: in model.precision, or in FP8 with a scale a block."""
     json: bool = False
     """Print one JSON object instead of text."""
 
@@ -49,7 +51,9 @@ class PlanArguments:
 def main() -> None:
     arguments = parse_plan(sys.argv[1:])
     machine = topology(arguments.topology, arguments.slices)
-    work = plan_work(arguments.config, machine, arguments.program, arguments.rows, arguments.positions)
+    work = plan_work(
+        arguments.config, machine, arguments.program, arguments.rows, arguments.positions, arguments.weights
+    )
     plan = make_plan(work, compiled_in_sight)
     print(json.dumps(summary(plan)) if arguments.json else report(plan))
     if not plan.fits:
@@ -63,6 +67,8 @@ def parse_plan(argv: Sequence[str]) -> PlanArguments:
     )
     if not arguments.topology:
         raise ArgumentError("--topology=CHIP:SIDES is missing, such as --topology=v5p:4x4x8")
+    if arguments.weights == "float8" and arguments.program == "train":
+        raise ArgumentError("--weights=float8 is for --program=prefill and decode: training keeps float32")
     for name in ("rows", "positions"):
         value = getattr(arguments, name)
         if value is not None and arguments.program == "train":

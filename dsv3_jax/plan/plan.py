@@ -8,9 +8,9 @@ from typing import Any, Literal, NamedTuple
 import jax
 from jax.sharding import AbstractMesh, Mesh
 
-from dsv3_jax.config import Config
-from dsv3_jax.layout import mesh_of
-from dsv3_jax.model.functional import abstract_trees, logical_axes, skeleton_of
+from dsv3_jax.config import Config, Weights
+from dsv3_jax.layout import mesh_of, mesh_to_run
+from dsv3_jax.model.functional import abstract_trees, in_float8, logical_axes, skeleton_of, to_run
 from dsv3_jax.plan.collectives import Collective, collectives
 from dsv3_jax.plan.hlo import Program
 from dsv3_jax.plan.liveness import Array, peak_of
@@ -39,6 +39,8 @@ class Work(NamedTuple):
     """Tokens of a row, or positions in its cache."""
     mesh: Mesh
     machine: Topology
+    weights: Weights = "compute"
+    """How generation holds its matrices."""
 
 
 class Plan(NamedTuple):
@@ -71,15 +73,30 @@ class Plan(NamedTuple):
         return self.memory is not None and self.needed <= self.capacity
 
 
-def plan_work(config: Config, machine: Topology, kind: Kind, rows: int | None, positions: int | None) -> Work:
+def plan_work(
+    config: Config,
+    machine: Topology,
+    kind: Kind,
+    rows: int | None,
+    positions: int | None,
+    weights: Weights = "compute",
+) -> Work:
     """The program of a configuration; by default a step's own rows, and one prompt for every device that takes rows.
 
     Raises:
         LayoutError: the mesh does not fit the devices, the model or the batch.
+        PlacementError: a mesh that models cannot generate on.
     """
-    mesh = mesh_of(config, skeleton_of(config.model), machine.devices)
-    rows = config.training.batch_size if kind == "train" else rows or row_shards(mesh)
-    return Work(config, kind, rows, positions or config.training.sequence_length, mesh, machine)
+    skeleton, positions = skeleton_of(config.model), positions or config.training.sequence_length
+    if kind == "train":
+        mesh = mesh_of(config, skeleton, machine.devices)
+        return Work(config, kind, config.training.batch_size, positions, mesh, machine)
+    mesh = mesh_to_run(config.mesh, machine.devices)
+    check_layout(abstract_trees(skeleton)[0], logical_axes(to_run(skeleton)), mesh)
+    rows, parts = rows or row_shards(mesh), row_shards(mesh)
+    if rows % parts:
+        raise LayoutError(f"--rows={rows} must be a multiple of {parts}, the parts that the mesh divides rows into")
+    return Work(config, kind, rows, positions, mesh, machine, weights)
 
 
 def make_plan(work: Work, compile_it: Callable[[jax.stages.Lowered], tuple[jax.stages.Compiled, float]]) -> Plan:
@@ -89,7 +106,9 @@ def make_plan(work: Work, compile_it: Callable[[jax.stages.Lowered], tuple[jax.s
     if work.kind == "train":
         traced, given = traced_training_step(config, skeleton, work.mesh)
     else:
-        trace = traced_prefill if work.kind == "prefill" else traced_decode
+        trace, skeleton = traced_prefill if work.kind == "prefill" else traced_decode, to_run(skeleton)
+        if work.weights == "float8":
+            skeleton = in_float8(skeleton, work.mesh)
         traced, given = trace(config, skeleton, work.mesh, work.rows, work.positions)
     state = bytes_by_part(given)
     flops = matrix_flops(traced.jaxpr.jaxpr, _filled(work))

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from dsv3_jax.config import Config
 from dsv3_jax.inference.placement import leaf_specs, over
 from dsv3_jax.inference.weights import ready_to_decode
-from dsv3_jax.model.functional import Skeleton, abstract_trees, put_together, to_run
+from dsv3_jax.model.functional import Skeleton, abstract_trees, put_together
 from dsv3_jax.model.transformer import Cache, Transformer
 from dsv3_jax.training.losses import Batch
 from dsv3_jax.training.state import TrainState, abstract_state
@@ -77,14 +77,19 @@ def _traced(
     tokens: tuple[int, int],
 ) -> tuple[jax.stages.Traced, Given]:
     """`function(model, tokens, cache)` of the model as generation holds it, its layers one by one."""
-    model = jax.eval_shape(ready_to_decode, put_together(to_run(skeleton), *abstract_trees(skeleton)))
-    leaves, structure = jax.tree.flatten(model)
+    model = jax.eval_shape(ready_to_decode, put_together(skeleton, *abstract_trees(skeleton)))
+    found, structure = jax.tree_util.tree_flatten_with_path(model)
+    names, leaves = zip(*((jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in found), strict=True)
     cache = jax.eval_shape(lambda model: model.empty_cache(rows, positions), model)
     by_rows = jax.tree.map(lambda _: row_spec(mesh), (jax.ShapeDtypeStruct(tokens, jnp.int32), cache))
     arguments = jax.tree.map(
         lambda leaf, placed: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed),
-        (leaves, jax.ShapeDtypeStruct(tokens, jnp.int32), cache),
-        shardings(mesh, (leaf_specs(structure, mesh), *by_rows)),
+        (dict(zip(names, leaves, strict=True)), jax.ShapeDtypeStruct(tokens, jnp.int32), cache),
+        shardings(mesh, (dict(zip(names, leaf_specs(structure, mesh), strict=True)), *by_rows)),
     )
     on_devices = over(mesh, structure, function, ("rows", "rows"), "rows")
-    return jax.jit(on_devices, donate_argnums=2).trace(*arguments), Given(arguments[0], arguments[2])
+
+    def program(parameters: dict[str, Array], tokens: Array, cache: Cache) -> tuple[Array, Cache]:
+        return on_devices([parameters[name] for name in names], tokens, cache)
+
+    return jax.jit(program, donate_argnums=2).trace(*arguments), Given(arguments[0], arguments[2])

@@ -42,7 +42,7 @@ def serve(arguments: InferArguments) -> None:
 def load_service(arguments: InferArguments) -> tuple[Service, Engine]:
     opened = open_model(arguments.checkpoint)
     use_one_thread(opened.config.model)
-    model, config, tokenizer = load_opened(opened, mesh=mesh_to_run(arguments.mesh))
+    model, config, tokenizer = load_opened(opened, mesh=mesh_to_run(arguments.mesh), weights=arguments.weights)
     if tokenizer is None:
         raise DataError(f"{opened.path} has no tokenizer.json: text cannot be read or written without one")
     model = ready_to_decode(model)  # here already, so that the engine and the scores share its arrays
