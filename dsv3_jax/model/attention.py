@@ -15,7 +15,7 @@ from dsv3_jax.kernels.attention import absorbed_attention, causal_attention
 from dsv3_jax.kernels.context_attention import context_attention
 from dsv3_jax.kernels.long_attention import is_long, long_absorbed_attention
 from dsv3_jax.model.cache import Latents, block_multiple, cache_length, read, read_block
-from dsv3_jax.model.layers import RMSNorm, contract, kept, parameter, whole
+from dsv3_jax.model.layers import RMSNorm, contract, kept, multiplied, parameter, whole
 from dsv3_jax.model.rope import Rotation, rotate, softmax_scale
 from sharding.collectives import axis_size, summed
 from sharding.context import CONTEXT_AXES, context_whole
@@ -168,7 +168,7 @@ class MultiHeadLatentAttention(nnx.Module):
         return summed(self._contract("bshv,hvd->bsd", mixed_BSHV, self.output), TENSOR_AXES)
 
     def _contract(self, equation: str, left: Array, right: nnx.Variable) -> Array:
-        return contract(equation, left, whole(right, self.dtype), self.dtype)
+        return multiplied(equation, left, right, self.dtype)
 
 
 def _axes_of(parameter: nnx.Variable) -> tuple[str, ...]:

@@ -11,8 +11,10 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax.kernels import attention
+from dsv3_jax.kernels.float8_matmul import float8_matmul
 from dsv3_jax.model.float8 import Float8Blocks
-from sharding.collectives import gathered
+from sharding.collectives import gathered, present
+from sharding.mesh import platform
 from sharding.rules import stored_dim
 
 M = TypeVar("M", bound=nnx.Module)
@@ -74,6 +76,34 @@ def whole(parameter: nnx.Variable, dtype: jnp.dtype) -> Array:
     return gathered(value, stored.dim, stored.axes, dtype) if stored else value.astype(dtype)
 
 
+def held(parameter: nnx.Variable, dtype: jnp.dtype) -> Array | Float8Blocks:
+    """`whole`, but blocks in FP8 as they are where a kernel multiplies with them: on TPUs, where none are gathered."""
+    value, stored = parameter.get_value(), stored_dim(parameter.get_metadata("logical_axes"))
+    if isinstance(value, Float8Blocks) and platform() == "tpu" and not (stored and present(stored.axes)):
+        return value
+    return whole(parameter, dtype)
+
+
+def multiplied(equation: str, x: Array, parameter: nnx.Variable, dtype: jnp.dtype) -> Array:
+    """`contract` with a parameter, whose first dims are the last of x and are summed over, in any way it is held."""
+    matrix = held(parameter, dtype)
+    if not isinstance(matrix, Float8Blocks):
+        return contract(equation, x, matrix, dtype)
+    left, _, right = equation.partition("->")[0].partition(",")
+    summed_over = sum(letter in left for letter in right)
+    *single, block = matrix.blocks[-matrix.codes.ndim :][:summed_over]
+    depths, columns = matrix.codes.shape[:summed_over], matrix.codes.shape[summed_over:]
+    if any(size != 1 for size in single) or (single and depths[-1] % block):
+        return contract(equation, x, matrix.values(dtype), dtype)
+    # One group of one matrix: several dims that are summed over are one, cut into the same blocks.
+    codes = matrix.codes.reshape(1, -1, *columns)
+    scales = matrix.scales.reshape(1, -1, *matrix.scales.shape[summed_over:])
+    rows_MD = x.astype(dtype).reshape(-1, codes.shape[1])
+    blocks = Float8Blocks(codes, scales, (1, block, *matrix.blocks[-len(columns) :]))
+    product = float8_matmul(rows_MD, blocks, jnp.array([len(rows_MD)], jnp.int32))
+    return product.reshape(*x.shape[: x.ndim - summed_over], *columns)
+
+
 class RMSNorm(nnx.Module):
     """x * gain / sqrt(mean(x^2) + epsilon), statistics in float32, result in the type of x (FACTS 1.2)."""
 
@@ -97,9 +127,9 @@ class FeedForward(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x_BSD: Array) -> Array:
-        gate_and_up = contract("bsd,dcf->bscf", x_BSD, whole(self.gate_up, self.dtype), self.dtype)
+        gate_and_up = multiplied("bsd,dcf->bscf", x_BSD, self.gate_up, self.dtype)
         gate_and_up = kept(gate_and_up, "swiglu_input")
-        return contract("bsf,fd->bsd", swiglu(gate_and_up), whole(self.down, self.dtype), self.dtype)
+        return multiplied("bsf,fd->bsd", swiglu(gate_and_up), self.down, self.dtype)
 
 
 # The backward pass recomputes what lies inside a `jax.checkpoint`: these few elementwise operations cost less than

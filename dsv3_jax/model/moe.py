@@ -8,9 +8,11 @@ from flax import nnx
 from jax import Array
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.kernels.float8_matmul import float8_matmul
 from dsv3_jax.kernels.grouped_matmul import grouped_matmul
 from dsv3_jax.kernels.weighted_swiglu import weighted_swiglu
-from dsv3_jax.model.layers import FeedForward, contract, kept, parameter, whole
+from dsv3_jax.model.float8 import Float8Blocks
+from dsv3_jax.model.layers import FeedForward, contract, held, kept, parameter
 from dsv3_jax.model.router import Router, Routing, balance_loss, expert_load
 from sharding.collectives import axis_size, spread, spread_like
 from sharding.dispatch import Routes, through_experts
@@ -45,20 +47,27 @@ class Experts(nnx.Module):
         self.down = parameter(rngs, (shape[0], hidden, shape[1]), ("experts", "expert_ffn", "expert_width"), std)
         self.dtype = jnp.dtype(model.precision)
 
-    def matrices(self) -> tuple[Array, Array]:
-        """gate_up [e, D, 2, F] and down [e, F, D] of this device's e experts, in the compute type."""
-        return whole(self.gate_up, self.dtype), whole(self.down, self.dtype)
+    def matrices(self) -> tuple[Array | Float8Blocks, Array | Float8Blocks]:
+        """gate_up [e, D, 2, F] and down [e, F, D] of this device's e experts, in the compute type or as `held` in FP8."""
+        return held(self.gate_up, self.dtype), held(self.down, self.dtype)
 
 
-def answered(matrices: tuple[Array, Array], rows_MD: Array, weights_M: Array, group_sizes_e: Array) -> Array:
+def answered(
+    matrices: tuple[Array | Float8Blocks, Array | Float8Blocks], rows_MD: Array, weights_M: Array, group_sizes_e: Array
+) -> Array:
     """Each row through its expert, the answer times the row's weight; rows are grouped by expert.
 
     The result is a sum over this device's part of F, as a FeedForward's is.
     """
+
+    def product(rows: Array, matrix: Array | Float8Blocks) -> Array:
+        if isinstance(matrix, Float8Blocks):
+            return float8_matmul(rows, matrix, group_sizes_e)
+        return grouped_matmul(rows, matrix.reshape(*matrix.shape[:2], -1), group_sizes_e)
+
     gate_up_eDcF, down_eFD = matrices
-    gate_and_up_MG = grouped_matmul(rows_MD, gate_up_eDcF.reshape(*gate_up_eDcF.shape[:2], -1), group_sizes_e)
-    gate_and_up_MG = kept(gate_and_up_MG, "swiglu_input")
-    return grouped_matmul(weighted_swiglu(gate_and_up_MG, weights_M), down_eFD, group_sizes_e)
+    gate_and_up_MG = kept(product(rows_MD, gate_up_eDcF), "swiglu_input")
+    return product(weighted_swiglu(gate_and_up_MG, weights_M), down_eFD)
 
 
 def answered_one_by_one(matrices: tuple[Array, Array], x_ND: Array, weights_NK: Array, experts_NK: Array) -> Array:
