@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 from dsv3_jax.errors import UserError
 
-
 Weights = Literal["compute", "float8"]
 """How a model that runs holds its matrices: in the type it multiplies in, or as the blocks of an FP8 checkpoint."""
 

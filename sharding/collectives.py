@@ -69,12 +69,13 @@ def gathered(shard: Array, dim: int, axes: Sequence[str], dtype: jnp.dtype) -> A
     The pieces travel in `dtype`; their gradient is summed in the type of the shard, each device receiving its piece.
     """
     axes = present(axes)
-    return _gathered(shard, dim, axes, dtype) if axes else _narrowed(shard, dtype)
+    return _gathered(shard, dim, axes, dtype) if axes else narrowed(shard, dtype)
 
 
-def _narrowed(array: Array, dtype: jnp.dtype) -> Array:
+def narrowed(array: Array, dtype: jnp.dtype) -> Array:
     """Cast where it is asked for. Of an array that is only ever used in bfloat16, such as a scan's stack of layers,
-    XLA:TPU otherwise makes a copy in bfloat16 before the loop, and keeps both; it does not look through this."""
+    XLA:TPU otherwise makes a copy in bfloat16 before the loop, and keeps both; it does not look through this. Nor does
+    XLA:CPU, which leaves a rounding out where the number is widened again."""
     if array.dtype == jnp.float32 and dtype == jnp.bfloat16:
         array = jax.lax.reduce_precision(array, exponent_bits=8, mantissa_bits=7)
     return array.astype(dtype)
@@ -110,7 +111,7 @@ def anywhere(marked: Array) -> Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _gathered(shard: Array, dim: int, axes: tuple[str, ...], dtype: jnp.dtype) -> Array:
     # One axis at a time and untiled: XLA:TPU makes an all-reduce, twice the traffic, of a tiled gather over several.
-    whole = _narrowed(shard, dtype)
+    whole = narrowed(shard, dtype)
     for axis in reversed(axes):
         whole = jax.lax.all_gather(whole, axis, axis=dim, tiled=False)
         whole = whole.reshape(*whole.shape[:dim], -1, *whole.shape[dim + 2 :])

@@ -4,8 +4,8 @@ A parameter names its dims where it is made; nothing else says where it lives. T
     computed  a device multiplies with its piece alone: experts, and what tensor parallelism divides
     stored    a device keeps a piece, and gathers the whole before it multiplies (fully sharded data parallelism)
 
-A model that only runs is stored in fewer pieces (`RUNNING`): there is no gradient and no optimizer to find room for, and
-what a step over whole rows gathers in passing would be most of the time of a step over one token a row.
+A model that only runs is stored in fewer pieces (`RUNNING`): there is no gradient and no optimizer to find room for,
+and what a step over whole rows gathers in passing would be most of the time of a step over one token a row.
 """
 
 import math

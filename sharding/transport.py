@@ -61,8 +61,8 @@ def ship(rows: Array, into: Array, shipment: Shipment, axes: Sequence[str]) -> A
 
 
 def _has_ragged() -> bool:
-    """Whether the backend has a ragged all-to-all. XLA:CPU has none; of v5e it is refused beyond one host's eight chips:
-    "not supported in limited ICI routing settings" (libtpu 0.0.4x for jax 0.10)."""
+    """Whether the backend has a ragged all-to-all. XLA:CPU has none, and libtpu 0.0.42 refuses it for more v5e chips
+    than the eight of one host: "not supported in limited ICI routing settings"."""
     mesh = jax.sharding.get_abstract_mesh()
     is_v5e = mesh.abstract_device is not None and mesh.abstract_device.device_kind == "TPU v5 lite"
     return platform() != "cpu" and not (is_v5e and mesh.size > 8)

@@ -1,4 +1,4 @@
-"""Parts of a parameter that is to be held in FP8 (model/float8.py): codes as they are stored, scales by its own dims."""
+"""Parts of a parameter that is to be held in FP8 (model/float8.py): codes as stored, scales by its own dims."""
 
 import itertools
 from collections.abc import Iterator
@@ -60,7 +60,7 @@ def scales_of(
 
 
 def _stored_blocks(leaf: Leaf, dims: tuple[int, ...], bounds: Bounds, blocks: tuple[int, ...]) -> np.ndarray:
-    """Of the scales along dims that make up a tensor's rows or columns, which of the tensor's blocks each belongs to."""
+    """Of scales along dims that make up a tensor's rows or columns, which of the tensor's blocks each belongs to."""
     first = np.zeros(1, int)
     for dim in dims:
         first = (first[:, None] * leaf.shape[dim] + np.arange(*bounds[dim]) * blocks[dim]).reshape(-1)

@@ -14,7 +14,6 @@ from dsv3_jax.config import MeshConfig, Weights
 from dsv3_jax.errors import ArgumentError
 from dsv3_jax.inference.sampling import Sampling, SamplingError
 
-
 ONE_DEVICE = MeshConfig(data=1)
 
 

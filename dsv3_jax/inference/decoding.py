@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from dsv3_jax.data.tokenizer import special_tokens
 from dsv3_jax.inference.penalties import History, penalized
-from dsv3_jax.inference.placement import over
+from dsv3_jax.inference.placement import EVERYWHERE, ROWS, over
 from dsv3_jax.inference.sampling import SamplingInputs, choose_tokens
 from dsv3_jax.inference.speculation import Drafts, draft_token, verify
 from dsv3_jax.model.cache import NOWHERE, Latents
@@ -79,26 +79,24 @@ class Made(NamedTuple):
 
 
 @functools.cache
-def compiled(
-    structure: jax.tree_util.PyTreeDef, drafts: int, mesh: Mesh | None = None
-) -> tuple[Callable, Callable]:
+def compiled(structure: jax.tree_util.PyTreeDef, drafts: int, mesh: Mesh | None = None) -> tuple[Callable, Callable]:
     """`_prefill` and `_decode_chunk`, jitted, for models of one structure, which they take as leaves."""
 
     def prefill(leaves: list[Array], *arguments: Any) -> Rows:
         *arrays, cache_length = arguments
 
         def function(model: Transformer, *arrays: Any) -> Rows:
-            return _prefill(model, drafts, *arrays, cache_length)
+            return _prefill(model, drafts, *[*arrays, cache_length])
 
-        each = "rows", "rows", "rows", "everywhere", "rows"
-        return over(mesh, structure, function, each, "rows")(leaves, *arrays)
+        each = ROWS, ROWS, ROWS, EVERYWHERE, ROWS
+        return over(mesh, structure, function, each, ROWS)(leaves, *arrays)
 
     def decode_chunk(model: Transformer, *arrays: Any) -> tuple[Rows, Made]:
         return _decode_chunk(model, drafts, *arrays)
 
-    each = "rows", "rows", "everywhere", "everywhere"
-    made = Made("rows", "rows", "everywhere", "everywhere")
-    decode = over(mesh, structure, decode_chunk, each, ("rows", made))
+    each = ROWS, ROWS, EVERYWHERE, EVERYWHERE
+    made = Made(ROWS, ROWS, EVERYWHERE, EVERYWHERE)
+    decode = over(mesh, structure, decode_chunk, each, (ROWS, made))
     return jax.jit(prefill, static_argnums=6), jax.jit(decode, donate_argnums=1)
 
 

@@ -26,7 +26,7 @@ from dsv3_jax.inference.engine_slots import (
     with_rows,
 )
 from dsv3_jax.inference.penalties import History, penalized
-from dsv3_jax.inference.placement import over
+from dsv3_jax.inference.placement import EVERYWHERE, ROWS, over
 from dsv3_jax.inference.requests import MOST_LOGPROBS
 from dsv3_jax.inference.sampling import choose_tokens, log_probabilities
 from dsv3_jax.model.cache import NOWHERE
@@ -54,11 +54,11 @@ def compiled_steps(
     def decode(model: Transformer, slots: Slots, asked: Asked, vocabulary: Vocabulary) -> tuple[Slots, Decoded]:
         return _decode(model, drafts, slots, asked, vocabulary)
 
-    asked = Asked("rows", "rows", "everywhere", "everywhere", "everywhere")
-    decoded = Decoded("rows", "rows", "rows", "rows", "everywhere", "everywhere")
+    asked = Asked(ROWS, ROWS, EVERYWHERE, EVERYWHERE, EVERYWHERE)
+    decoded = Decoded(ROWS, ROWS, ROWS, ROWS, EVERYWHERE, EVERYWHERE)
     steps = (
-        over(mesh, structure, prefill, ("rows", "rows", "everywhere"), "rows"),
-        over(mesh, structure, decode, ("rows", asked, "everywhere"), ("rows", decoded)),
+        over(mesh, structure, prefill, (ROWS, ROWS, EVERYWHERE), ROWS),
+        over(mesh, structure, decode, (ROWS, asked, EVERYWHERE), (ROWS, decoded)),
     )
     return jax.jit(steps[0], donate_argnums=1), jax.jit(steps[1], donate_argnums=1)
 

@@ -19,7 +19,11 @@ from sharding.context import CONTEXT_AXES
 from sharding.mesh import on_mesh, row_shards, row_spec
 from sharding.rules import partition_spec
 
-EVERYWHERE = PartitionSpec()
+# How arguments and results of a function `over` a mesh lie; they stand where arrays do in what is made of arrays.
+ROWS: Any = "rows"
+"""Divided over the devices."""
+EVERYWHERE: Any = "everywhere"
+"""The same on all devices."""
 
 
 class PlacementError(UserError, ValueError):
@@ -87,8 +91,8 @@ def over(
     """`function(model, *arrays)` as one that takes the model's leaves, on every device's part of them and the arrays.
 
     Args:
-        arguments: for each of the arrays "rows", divided over the devices, or "everywhere"; a tree of arrays may have
-            one word, or a tree of them that its own begins with.
+        arguments: for each of the arrays ROWS or EVERYWHERE; a tree of arrays may have one of these, or a tree of them
+            that its own begins with.
         results: the same of what the function returns.
     """
 
@@ -97,6 +101,6 @@ def over(
 
     if mesh is None:
         return of_leaves
-    specs = {"rows": row_spec(mesh), "everywhere": EVERYWHERE}
+    specs = {ROWS: row_spec(mesh), EVERYWHERE: PartitionSpec()}
     of_arguments, of_results = jax.tree.map(specs.__getitem__, (arguments, results))
     return on_mesh(of_leaves, mesh, (leaf_specs(structure, mesh), *of_arguments), of_results)

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from dsv3_jax.inference.decoding import Rows, Vocabulary, known_logits, with_drafts, with_tokens
 from dsv3_jax.inference.penalties import History, penalized
-from dsv3_jax.inference.placement import over
+from dsv3_jax.inference.placement import EVERYWHERE, ROWS, over
 from dsv3_jax.inference.sampling import SamplingInputs, choose_tokens
 from dsv3_jax.model.cache import NOWHERE, Latents
 from dsv3_jax.model.transformer import Cache, Transformer
@@ -65,15 +65,15 @@ def compiled_pieces(
     parts = row_shards(mesh) if mesh else 1
 
     def compute(function: Callable, *arguments: str) -> Callable:
-        return over(mesh, structure, lambda model, *arrays: function(model, drafts, *arrays), arguments, "rows")
+        return over(mesh, structure, lambda model, *arrays: function(model, drafts, *arrays), arguments, ROWS)
 
     def empty(leaves: list[Array], batch: int, cache_length: int) -> Prompted:
         return compute(lambda model, drafts: _empty(model, drafts, batch // parts, cache_length))(leaves)
 
     return (
         jax.jit(empty, static_argnums=(1, 2)),
-        jax.jit(compute(_add_piece, "rows", "rows", "rows", "everywhere"), donate_argnums=1),
-        jax.jit(compute(_finish, "rows", "rows", "rows", "rows", "everywhere", "rows"), donate_argnums=1),
+        jax.jit(compute(_add_piece, ROWS, ROWS, ROWS, EVERYWHERE), donate_argnums=1),
+        jax.jit(compute(_finish, ROWS, ROWS, ROWS, ROWS, EVERYWHERE, ROWS), donate_argnums=1),
     )
 
 

@@ -146,9 +146,7 @@ def probabilities(logits_BW: Array, inputs: SamplingInputs) -> Array:
     # The largest logit goes first: dividing it by a tiny temperature would overflow.
     shifted_BW = logits_BW - logits_BW.max(axis=-1, keepdims=True)
     divided_BW = shifted_BW / jnp.where(greedy_B, 1, inputs.temperature_B)[:, None]
-    best_B = jax.lax.cond(
-        greedy_B.any(), lambda: most_probable(logits_BW), lambda: jnp.zeros_like(greedy_B, jnp.int32)
-    )
+    best_B = jax.lax.cond(greedy_B.any(), lambda: most_probable(logits_BW), lambda: jnp.zeros_like(greedy_B, jnp.int32))
     elsewhere_BW = greedy_B[:, None] & (jnp.arange(logits_BW.shape[-1]) != best_B[:, None])
     probability_BW = jax.nn.softmax(jnp.where(elsewhere_BW, -jnp.inf, divided_BW), axis=-1)
 

@@ -125,8 +125,9 @@ class MultiHeadLatentAttention(nnx.Module):
         query_QHC = contract("qhp,hpc->qhc", nope_QHP, key_up_HPC, self.dtype)
         query_QHX = jnp.concatenate([query_QHC, rope_QHR], axis=-1)
         output_HCD = contract("hcv,hvd->hcd", value_up_HCV, whole(output, self.dtype), self.dtype)
-        axes = (_axes_of(query_up)[0], "heads", "key_value_latent_and_rope"), ("heads", _axes_of(output)[-1])
-        self.merged = _kept((query_QHX, output_HCD.reshape(-1, width)), axes)
+        axes_of_query = _axes_of(query_up)[0], "heads", "key_value_latent_and_rope"
+        axes_of_output = "heads", _axes_of(output)[-1]
+        self.merged = _kept((query_QHX, output_HCD.reshape(-1, width)), (axes_of_query, axes_of_output))
 
     def _absorbed(self) -> tuple[Array, Array]:
         """The expansion to keys [H, P, C] and that to values [H, C, V], a matrix a head."""

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import AbstractMesh, Mesh
 
+from sharding.collectives import narrowed
 from sharding.rules import mesh_axes
 
 BLOCK = 128
@@ -40,12 +41,13 @@ class Float8Blocks:
     """How many numbers of each of the last dims share a scale; the last of them may be fewer."""
 
     def values(self, dtype: jnp.dtype) -> Array:
+        """What they stand for, each product rounded once to float32 and once to `dtype`."""
         scales, shape = self.scales, self.codes.shape
         for dim, size in enumerate(self.blocks[-len(shape) :]):
             if size > 1:
                 scales = jnp.repeat(scales, size, axis=dim)
                 scales = jax.lax.slice_in_dim(scales, 0, shape[dim], axis=dim)
-        return (self.codes.astype(jnp.float32) * scales).astype(dtype)
+        return narrowed(self.codes.astype(jnp.float32) * scales, dtype)
 
 
 def blocks_of(axes: Sequence[str], shape: Sequence[int], mesh: Mesh | AbstractMesh | None) -> tuple[int, ...] | None:

@@ -53,7 +53,8 @@ def in_float8(skeleton: Skeleton, mesh: Mesh | None = None) -> Skeleton:
         if blocks is None:
             return variable
         grid = tuple(-(-size // block) for size, block in zip(shape, blocks, strict=True))
-        codes, scales = jax.ShapeDtypeStruct(shape, jnp.float8_e4m3fn), jax.ShapeDtypeStruct(grid, jnp.float32)
+        codes: Any = jax.ShapeDtypeStruct(shape, jnp.float8_e4m3fn)
+        scales: Any = jax.ShapeDtypeStruct(grid, jnp.float32)
         return variable.replace(Float8Blocks(codes, scales, blocks))
 
     parameters = jax.tree.map(changed, skeleton.parameters, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))

@@ -1,6 +1,6 @@
 """DeepSeekMoE: route, dispatch, experts, combine, plus the shared expert (DeepSeekMoE section 3, V3 section 2.1.2)."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,8 +47,8 @@ class Experts(nnx.Module):
         self.down = parameter(rngs, (shape[0], hidden, shape[1]), ("experts", "expert_ffn", "expert_width"), std)
         self.dtype = jnp.dtype(model.precision)
 
-    def matrices(self) -> tuple[Array | Float8Blocks, Array | Float8Blocks]:
-        """gate_up [e, D, 2, F] and down [e, F, D] of this device's e experts, in the compute type or as `held` in FP8."""
+    def matrices(self) -> tuple[Any, Any]:
+        """gate_up [e, D, 2, F] and down [e, F, D] of this device's e experts, in the compute type or `held` in FP8."""
         return held(self.gate_up, self.dtype), held(self.down, self.dtype)
 
 

@@ -9,7 +9,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 
 from dsv3_jax.config import Config
-from dsv3_jax.inference.placement import leaf_specs, over
+from dsv3_jax.inference.placement import ROWS, leaf_specs, over
 from dsv3_jax.inference.weights import ready_to_decode
 from dsv3_jax.model.functional import Skeleton, abstract_trees, put_together
 from dsv3_jax.model.transformer import Cache, Transformer
@@ -79,7 +79,8 @@ def _traced(
     """`function(model, tokens, cache)` of the model as generation holds it, its layers one by one."""
     model = jax.eval_shape(ready_to_decode, put_together(skeleton, *abstract_trees(skeleton)))
     found, structure = jax.tree_util.tree_flatten_with_path(model)
-    names, leaves = zip(*((jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in found), strict=True)
+    names = [jax.tree_util.keystr(path, simple=True, separator=".").replace(".value", "") for path, _ in found]
+    leaves = [leaf for _, leaf in found]
     cache = jax.eval_shape(lambda model: model.empty_cache(rows, positions), model)
     by_rows = jax.tree.map(lambda _: row_spec(mesh), (jax.ShapeDtypeStruct(tokens, jnp.int32), cache))
     arguments = jax.tree.map(
@@ -87,7 +88,7 @@ def _traced(
         (dict(zip(names, leaves, strict=True)), jax.ShapeDtypeStruct(tokens, jnp.int32), cache),
         shardings(mesh, (dict(zip(names, leaf_specs(structure, mesh), strict=True)), *by_rows)),
     )
-    on_devices = over(mesh, structure, function, ("rows", "rows"), "rows")
+    on_devices = over(mesh, structure, function, (ROWS, ROWS), ROWS)
 
     def program(parameters: dict[str, Array], tokens: Array, cache: Cache) -> tuple[Array, Cache]:
         return on_devices([parameters[name] for name in names], tokens, cache)

@@ -67,6 +67,8 @@ def _times(plan: Plan) -> list[str]:
         lines.append(f"  {_number(seconds * 1e3):>10} ms  {words}{bound}")
     best, worst = (utilisation(plan.model_flops, s, chip) for s in (plan.times.overlapped, plan.times.in_turn))
     tokens = plan.work.rows * (1 if plan.work.kind == "decode" else plan.work.positions)
+    if plan.work.kind == "decode":
+        lines.append(f"at most {1 / plan.times.overlapped:.1f} tokens/s a row")
     lines.append(
         f"at most {best:.0%} model-FLOP utilisation and {tokens / plan.times.overlapped:,.0f} tokens/s if all of it "
         f"overlaps, {worst:.0%} if nothing does; compiled in {plan.compile_seconds:.0f} s"

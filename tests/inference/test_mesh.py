@@ -106,9 +106,10 @@ def visit(engine: Engine) -> list[list[Event]]:
     while len(events) < 16 or any(not each or each[-1].finish is None for each in events):
         while len(events) < 16 and draw.random() < 0.5:
             prompt = prompt_of(draw.choice((1, 17, 34)), 0 if draw.random() < 0.5 else draw.randrange(99))
-            request = Request(prompt, draw.choice((GREEDY, DRAWN, PENALIZED)), draw.choice((1, 9, 24)), routed_experts=True)
+            sampling, tokens = draw.choice((GREEDY, DRAWN, PENALIZED)), draw.choice((1, 9, 24))
+            request = Request(prompt, sampling, tokens, logprobs=2, routed_experts=True)
             events.append([])
-            tickets.append(engine.submit(dataclasses.replace(request, logprobs=2), events[-1].append))
+            tickets.append(engine.submit(request, events[-1].append))
             if len(events) % 8 == 0:
                 engine.cancel(tickets[-1])
         engine.step()
@@ -124,9 +125,7 @@ def test_requests_come_and_go_as_on_one_device(engines):
         assert tokens == wanted
         experts, wanted = ([one for event in each for one in event.routed_experts or ()] for each in (events, expected))
         assert experts == wanted
-        found, wanted = (
-            [one.logprob for event in each for one in event.logprobs or ()] for each in (events, expected)
-        )
+        found, wanted = ([one.logprob for event in each for one in event.logprobs or ()] for each in (events, expected))
         np.testing.assert_allclose(found, wanted, atol=1e-4)
     counted = engines[1].statistics()
     assert (counted.running, counted.waiting, counted.pages_used) == (0, 0, 0)

@@ -14,7 +14,7 @@ import pytest
 from configs.v3_671b import config as v3_671b
 from dsv3_jax.command_line import load_config
 from dsv3_jax.errors import ArgumentError
-from dsv3_jax.model.functional import initialize, skeleton_of
+from dsv3_jax.model.functional import skeleton_of, to_run
 from dsv3_jax.plan.__main__ import parse_plan
 from dsv3_jax.plan.chips import CHIPS, GIB
 from dsv3_jax.plan.collectives import Collective
@@ -140,18 +140,20 @@ def test_prefill_and_decode_on_a_mesh_are_those_of_one_device(trace, tiny_model,
     """The programs that are planned, run here."""
     model = tiny_model(width=32, heads=4, query_latent=16)
     config = dataclasses.replace(load_config("tiny"), model=model)
-    skeleton, rows, positions = skeleton_of(model), 8, 6
+    skeleton, rows, positions = to_run(skeleton_of(model)), 8, 6
     random = np.random.default_rng(0)
     tokens = random.integers(0, model.vocabulary, (rows, positions if trace is traced_prefill else 1)).astype(np.int32)
-    cache = [
-        random.normal(size=(count, rows, positions, model.cache_width)).astype(np.float32)
-        for count in (model.dense_layers, model.moe_layers)
-    ]
-    arguments = (*jax.device_get(initialize(model, 0)), tokens, cache)
-    one, other = (
-        jax.device_get(trace(config, skeleton, mesh, rows, positions)[0].lower().compile()(*arguments))
-        for mesh in (one_device(), mesh_with(fsdp=2, expert=4))
-    )
+
+    def drawn(given):
+        draws = np.random.default_rng(1)
+        return jax.tree.map(lambda leaf: draws.normal(0, 0.3, leaf.shape).astype(leaf.dtype), given)
+
+    found = []
+    for mesh in (one_device(), mesh_with(fsdp=2, expert=2, tensor=2)):
+        traced, given = trace(config, skeleton, mesh, rows, positions)
+        parameters, cache = drawn(given)
+        found.append(jax.device_get(traced.lower().compile()(parameters, tokens, cache)))
+    one, other = found
     np.testing.assert_array_equal(one[0], other[0])
-    for layers, others in zip(one[1], other[1], strict=True):
-        np.testing.assert_allclose(layers, others, rtol=1e-5, atol=1e-5)
+    for layer, same in zip(jax.tree.leaves(one[1]), jax.tree.leaves(other[1]), strict=True):
+        np.testing.assert_allclose(layer, same, rtol=1e-5, atol=1e-5)

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from dsv3_jax.inference.generation import prompt_bucket
-from dsv3_jax.inference.placement import mesh_of, over
+from dsv3_jax.inference.placement import EVERYWHERE, ROWS, mesh_of, over
 from dsv3_jax.inference.sampling import log_probabilities
 from dsv3_jax.inference.server.token_texts import Scored
 from dsv3_jax.model.transformer import Transformer
@@ -73,7 +73,7 @@ def _scores(
 
     # A row on every device that takes rows, the same: there is one prompt, and the experts are on all of them.
     tokens_BS = jnp.tile(tokens_S, (row_shards(mesh) if mesh else 1, 1))
-    of_rows = over(mesh, structure, scores, ("rows", "everywhere"), "rows")(leaves, tokens_BS, known_W)
+    of_rows = over(mesh, structure, scores, (ROWS, EVERYWHERE), ROWS)(leaves, tokens_BS, known_W)
     return tuple(part[0] for part in of_rows)
 
 
