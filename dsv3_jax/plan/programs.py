@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding
 
 from dsv3_jax.config import Config
@@ -93,4 +94,10 @@ def _traced(
     def program(parameters: dict[str, Array], tokens: Array, cache: Cache) -> tuple[Array, Cache]:
         return on_devices([parameters[name] for name in names], tokens, cache)
 
-    return jax.jit(program, donate_argnums=2).trace(*arguments), Given(arguments[0], arguments[2])
+    # The layout in which a loop over tokens keeps the cache: a step by itself would turn all of it around, twice.
+    by_layer = jax.tree.map(lambda leaf: Format(Layout(tuple(range(leaf.ndim))), leaf.sharding), arguments[2])
+    formatted = jax.tree.map(
+        lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), cache, by_layer
+    )
+    compiled = jax.jit(program, donate_argnums=2, out_shardings=(NamedSharding(mesh, row_spec(mesh)), by_layer))
+    return compiled.trace(*arguments[:2], formatted), Given(arguments[0], arguments[2])
