@@ -10,6 +10,8 @@ from dsv3_jax.plan.hlo import Instruction, Program, bytes_of, called_by, slow_by
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "add-dependency"}
 CONTROL = {"while", "conditional", "call", "call-start", "async-start"}
 READ_IN_PART = {"dynamic-slice", "slice", "gather"}
+# What is written over a part of the first operand, by the number of the operand that is.
+OVERWRITES = {"dynamic-update-slice": 1, "scatter": 2}
 PASSED_ON = {"bitcast", "copy", "convert", "reshape"}
 
 
@@ -45,8 +47,8 @@ def _moved(instruction: Instruction, program: Program) -> float:
     if opcode in READ_IN_PART:
         return 2 * slow_bytes_of(instruction.result)
     types = [program.types[instruction.computation, name] for name in instruction.operands]
-    if opcode == "dynamic-update-slice":
-        return 2 * slow_bytes_of(types[1])
+    if opcode in OVERWRITES:
+        return 2 * slow_bytes_of(types[OVERWRITES[opcode]])
     return slow_bytes_of(instruction.result) + sum(map(slow_bytes_of, types))
 
 
@@ -79,7 +81,7 @@ def _read_of(array: Instruction, program: Program) -> float:
             for parameter in program.computations[called_by(user)[0]]:
                 if parameter.opcode == "parameter" and user.operands[place_of(parameter)] == array.name:
                     read += _read_of(parameter, program)
-        elif user.opcode != "dynamic-update-slice" or user.operands[0] != array.name:
+        elif user.opcode not in OVERWRITES or user.operands[0] != array.name:
             return bytes_of(array.result)
     return read
 
@@ -93,8 +95,8 @@ def _written(computation: str, program: Program) -> float:
             instruction = by_name[instruction.operands[0]]
         if instruction.opcode == "fusion":
             return _written(called_by(instruction)[0], program)
-        if instruction.opcode == "dynamic-update-slice":
-            return bytes_of(by_name[instruction.operands[1]].result)
+        if instruction.opcode in OVERWRITES:
+            return bytes_of(by_name[instruction.operands[OVERWRITES[instruction.opcode]]].result)
         return bytes_of(instruction.result)
 
     root = program.computations[computation][-1]

@@ -71,3 +71,31 @@ def test_a_scan_reads_a_layer_and_writes_a_layer_every_time_not_its_stacks():
     each_time = layer_read + rows + rows + rows  # the product's result written, read again, and put in its place
     before = rows + 10 * rows  # b copied to fast memory; the stack of results zeroed
     assert memory_traffic(Program(SCAN)) == 10 * each_time + before
+
+
+# A token's entry of each of 16 rows written into a cache, in place.
+SCATTER = """HloModule jit_scatter
+
+%last (a.1: bf16[], b.1: bf16[]) -> bf16[] {
+  %a.1 = bf16[]{:T(256)} parameter(0)
+  ROOT %b.1 = bf16[]{:T(256)} parameter(1)
+}
+
+%written (p0.2: bf16[16,4096,512], p1.2: s32[16,2], p2.2: bf16[16,512]) -> bf16[16,4096,512] {
+  %p0.2 = bf16[16,4096,512]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %p1.2 = s32[16,2]{1,0:T(8,128)} parameter(1)
+  %p2.2 = bf16[16,512]{1,0:T(8,128)(2,1)} parameter(2)
+  ROOT %s.2 = bf16[16,4096,512]{2,1,0:T(8,128)(2,1)} scatter(%p0.2, %p1.2, %p2.2), update_window_dims={1}, to_apply=%last
+}
+
+ENTRY %main (cache: bf16[16,4096,512], at: s32[16,2], new: bf16[16,512]) -> bf16[16,4096,512] {
+  %cache = bf16[16,4096,512]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %at = s32[16,2]{1,0:T(8,128)} parameter(1)
+  %new = bf16[16,512]{1,0:T(8,128)(2,1)} parameter(2)
+  ROOT %f = bf16[16,4096,512]{2,1,0:T(8,128)(2,1)} fusion(%cache, %at, %new), kind=kCustom, calls=%written
+}
+"""  # fmt: skip
+
+
+def test_what_is_written_into_a_cache_is_all_that_moves():
+    assert memory_traffic(Program(SCATTER)) == 2 * 16 * KIB + 16 * 2 * 4
