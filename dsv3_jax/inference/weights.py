@@ -63,7 +63,8 @@ def unstacked(model: Transformer, mesh: Mesh | None = None) -> Transformer:
         if stacked is not None and not isinstance(stacked, nnx.List):
             blocks = unstack(stacked)
             setattr(model, name, blocks)
-    for block in (*itertools.chain(*model.stacks()), *(module.block for module in model.mtp)):
+    stacks: Any = model.stacks()  # lists of blocks by now
+    for block in (*itertools.chain(*stacks), *(module.block for module in model.mtp)):
         block.attention.keep_absorbed()
         if isinstance(block.feed_forward, MixtureOfExperts):
             _put_gate_beside_up(block.feed_forward.experts, mesh)

@@ -85,7 +85,7 @@ SCATTER = """HloModule jit_scatter
   %p0.2 = bf16[16,4096,512]{2,1,0:T(8,128)(2,1)} parameter(0)
   %p1.2 = s32[16,2]{1,0:T(8,128)} parameter(1)
   %p2.2 = bf16[16,512]{1,0:T(8,128)(2,1)} parameter(2)
-  ROOT %s.2 = bf16[16,4096,512]{2,1,0:T(8,128)(2,1)} scatter(%p0.2, %p1.2, %p2.2), update_window_dims={1}, to_apply=%last
+  ROOT %s.2 = bf16[16,4096,512]{2,1,0:T(8,128)(2,1)} scatter(%p0.2, %p1.2, %p2.2), to_apply=%last
 }
 
 ENTRY %main (cache: bf16[16,4096,512], at: s32[16,2], new: bf16[16,512]) -> bf16[16,4096,512] {
