@@ -1,9 +1,9 @@
 """A few rows times matrices held in FP8, on TPUs, in Pallas: a number of a matrix leaves main memory as one byte.
 
 XLA writes a matrix of FP8 out in the compute type before it multiplies, which moves more than bfloat16 would have. Here
-a tile is dequantised where it is multiplied. It is for decoding: all rows are multiplied with every tile, and of a
-group's product only the group's own rows are kept. What that wastes costs nothing as long as a tile takes longer to
-fetch than to multiply.
+a tile is dequantised where it is multiplied. It is for decoding, where a tile takes longer to fetch than to multiply
+with: all rows stay in fast memory, and a group takes those from its first one on, WINDOW at a time, of which only its
+own are kept.
 """
 
 import functools
@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from sharding.collectives import spread_alike
 
-BLOCK, ROWS = 128, 16
+BLOCK, ROWS, WINDOW = 128, 16, 128
 # Tiles of [STEP, COLUMNS]; with all rows, two buffers of what comes and goes and the tile in float32 about 12 MiB.
 STEP, COLUMNS, MOST_ROWS = 512, 1024, 512
 
@@ -42,14 +42,16 @@ def product(
         [M, F] in the type of the rows, accumulated in float32.
     """
     count = rows_MD.shape[0]
-    rows, codes, scales = spread_alike(jnp.pad(rows_MD, [(0, -count % ROWS), (0, 0)]), codes_EDF, scales_EdF)
+    window = min(WINDOW, -(-count // ROWS) * ROWS)
+    padding = -count % ROWS + window - ROWS  # the last window begins with the last rows
+    rows, codes, scales = spread_alike(jnp.pad(rows_MD, [(0, padding), (0, 0)]), codes_EDF, scales_EdF)
     (height, depth), (groups, _, width) = rows.shape, codes.shape
     step, columns = _tile(depth, STEP), _tile(width, COLUMNS)
     stop_E = jnp.cumsum(group_sizes_E).astype(jnp.int32)
     # The scales of a step as a matrix of their own, which may have fewer rows than a register.
     scales = scales.reshape(groups, depth // step, step // BLOCK, width)
     out = pl.pallas_call(
-        functools.partial(_kernel, step=step),
+        functools.partial(_kernel, step=step, window=window),
         out_shape=jax.ShapeDtypeStruct((height, width), rows.dtype, manual_axis_type=jax.typeof(rows).mat),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
@@ -64,7 +66,7 @@ def product(
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary")),
         cost_estimate=pl.CostEstimate(
-            flops=2 * height * depth * width * groups,
+            flops=2 * window * (min(groups, count) + count // window) * depth * width,
             transcendentals=0,
             bytes_accessed=codes.nbytes + scales.nbytes + rows.nbytes + height * width * rows.dtype.itemsize,
         ),
@@ -74,7 +76,7 @@ def product(
     return out[:count]
 
 
-def _kernel(stop_E, rows, codes, scales, out, total, *, step):
+def _kernel(stop_E, rows, codes, scales, out, total, *, step, window):
     group, at = pl.program_id(1), pl.program_id(2)
     start = jnp.where(group == 0, 0, stop_E[jnp.maximum(group - 1, 0)])
 
@@ -88,11 +90,18 @@ def _kernel(stop_E, rows, codes, scales, out, total, *, step):
 
     @pl.when(stop_E[group] > start)
     def _():
+        first = start // ROWS * ROWS
+        precision = jax.lax.Precision.HIGHEST if rows.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
         for block in range(step // BLOCK):
-            place = pl.ds(block * BLOCK, BLOCK)
-            matrix = (codes[place, :].astype(jnp.float32) * scales[block, :][None]).astype(rows.dtype)
-            precision = jax.lax.Precision.HIGHEST if rows.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-            total[...] += jnp.dot(rows[:, place], matrix, precision=precision, preferred_element_type=jnp.float32)
+            within = pl.ds(block * BLOCK, BLOCK)
+            matrix = (codes[within, :].astype(jnp.float32) * scales[block, :][None]).astype(rows.dtype)
+
+            def multiply(index, _, within=within, matrix=matrix):
+                place = pl.ds(pl.multiple_of(first + index * window, ROWS), window)
+                part = jnp.dot(rows[place, within], matrix, precision=precision, preferred_element_type=jnp.float32)
+                total[place, :] += part
+
+            jax.lax.fori_loop(0, pl.cdiv(stop_E[group] - first, window), multiply, None)
 
     @pl.when(at == pl.num_programs(2) - 1)
     def _():

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from dsv3_jax.config import Config, Weights
@@ -22,7 +23,7 @@ from dsv3_jax.plan.topology import Topology
 from dsv3_jax.plan.traffic import memory_traffic
 from dsv3_jax.training.flops import forward_flops, model_flops_per_token
 from sharding.mesh import LayoutError, row_shards
-from sharding.rules import EXPERT_AXES, check_layout
+from sharding.rules import EXPERT_AXES, TENSOR_AXES, check_layout
 
 Kind = Literal["train", "prefill", "decode"]
 LARGEST = 12
@@ -166,15 +167,31 @@ def what_would_fit(plan: Plan) -> list[str]:
         options.append(f"--rows={shards}: one row a device instead of {at_once}")
     if work.kind == "train" and work.config.model.remat != "block":
         options.append("--model.remat=block: activations inside blocks computed again instead of kept")
-    # Over more devices state and gradients become smaller, activations do not.
-    divided = sum(plan.state.values()) + (plan.state["parameters"] if work.kind == "train" else 0.0)
+    if work.kind != "train" and work.weights != "float8":
+        options.append("--weights=float8: matrices as blocks of FP8, half of what they take in bfloat16")
+    # Over more devices state and gradients become smaller, activations do not. Where nothing is trained, what is not
+    # experts or cache stays whole: to gather it at every token would take longer than all else.
+    axis = "fsdp" if work.kind == "train" else "expert"
+    divided = (
+        sum(plan.state.values()) + plan.state["parameters"]
+        if work.kind == "train"
+        else plan.state["cache"] + _bytes_of_experts(work)
+    )
     for times_as_many in (2, 4, 8, 16, 32):
-        needed, pieces = plan.needed - divided * (1 - 1 / times_as_many), work.mesh.shape.get("fsdp", 1) * times_as_many
-        if needed <= plan.capacity and _divides(work.config, {**work.mesh.shape, "fsdp": pieces}):
+        needed, pieces = plan.needed - divided * (1 - 1 / times_as_many), work.mesh.shape.get(axis, 1) * times_as_many
+        if needed <= plan.capacity and _divides(work.config, {**work.mesh.shape, axis: pieces}):
             chips = work.machine.chips * times_as_many
-            options.append(f"{chips} chips with --mesh.fsdp={pieces}: about {needed / 2**30:.0f} GiB, by arithmetic")
+            options.append(f"{chips} chips with --mesh.{axis}={pieces}: about {needed / 2**30:.0f} GiB, by arithmetic")
             break
     return options
+
+
+def _bytes_of_experts(work: Work) -> float:
+    """What a device holds of the routed experts where nothing is trained; scales of FP8 are not counted."""
+    model = work.config.model
+    numbers = 3 * model.width * model.expert_ffn_width * model.experts * (model.moe_layers + model.mtp_depth)
+    size = 1 if work.weights == "float8" else jnp.dtype(model.precision).itemsize
+    return size * numbers / math.prod(work.mesh.shape.get(axis, 1) for axis in (*EXPERT_AXES, *TENSOR_AXES))
 
 
 def _divides(config: Config, sizes: dict[str, int]) -> bool:

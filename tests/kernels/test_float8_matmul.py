@@ -9,7 +9,9 @@ from dsv3_jax.kernels import float8_matmul_tpu
 from dsv3_jax.model.float8 import Float8Blocks, blocks_of
 
 
-@pytest.mark.parametrize(("rows", "sizes"), [(21, (7, 0, 11)), (16, (0, 0, 16)), (3, (1, 1, 0)), (40, (0, 0, 0))])
+@pytest.mark.parametrize(
+    ("rows", "sizes"), [(21, (7, 0, 11)), (16, (0, 0, 16)), (3, (1, 1, 0)), (40, (0, 0, 0)), (300, (150, 3, 147))]
+)
 def test_the_kernel_multiplies_each_row_with_its_group_s_matrix(rows, sizes):
     draws = np.random.default_rng(0)
     rows_MD = draws.normal(size=(rows, 640)).astype(ml_dtypes.bfloat16)

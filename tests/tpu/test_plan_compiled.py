@@ -70,6 +70,19 @@ def test_prefill_and_decode_and_two_programs_at_a_time():
     assert plans["decode"]["model_flops"] < plans["prefill"]["model_flops"] / 100
 
 
+@pytest.mark.parametrize("weights", ["compute", "float8"])
+def test_decode_of_v3_is_bound_by_what_it_reads_not_by_what_devices_tell_each_other(weights):
+    """Five of its layers: nothing of the model is gathered, and nothing is read twice."""
+    options = ("--program=decode", "--topology=v6e:4x8", "--mesh.expert=4", "--mesh.tensor=8", "--rows=64")
+    shape = ("--model.layers=5", "--model.mtp_depth=0", f"--weights={weights}")
+    plan = _planned("--config=v3_671b", *options, *shape)
+    assert plan["fits"] and plan["bound"] == "memory" and plan["rows"] == 64
+    assert sum(size for (kind, _), size in _sent(plan).items() if kind == "all-gather") < 2e-2 * plan["memory_traffic"]
+    # All there is, once, but for the first expansions, which only prefill uses, and all but some rows of the embedding.
+    held = plan["state"]["parameters"] + plan["state"]["cache"]
+    assert plan["memory_traffic"] < 1.3 * held
+
+
 def test_between_slices_gradients_cross_the_network():
     plan = _planned(*TINY, "--topology=v5p:2x2x1", "--slices=2", "--mesh.data=2", "--mesh.fsdp=4")
     assert plan["chips"] == 8 and plan["seconds"]["network"] > 0
