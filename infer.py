@@ -16,6 +16,7 @@ from dsv3_jax.data.tokenizer import encode
 from dsv3_jax.inference.arguments import InferArguments, parse_infer
 from dsv3_jax.inference.chat import chat_template
 from dsv3_jax.inference.completion import complete
+from dsv3_jax.inference.weights import ready_to_decode
 from dsv3_jax.layout import mesh_to_run
 from dsv3_jax.loading import load_opened
 from dsv3_jax.runtime import set_up_compiler, use_one_thread
@@ -42,6 +43,7 @@ def infer(arguments: InferArguments) -> None:
     if tokenizer is None:
         raise DataError(f"{opened.path} has no tokenizer.json: text cannot be read or written without one")
     warn_beyond_training(prompts, opened, tokenizer)
+    model = ready_to_decode(model)  # so that nothing keeps the layers as they were read
     stream = len(prompts) == 1 and not arguments.json
     if stream and not arguments.chat:
         show(prompts[0])

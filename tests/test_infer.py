@@ -152,6 +152,9 @@ def test_a_prompt_is_taken_as_it_is(prompt):
         ([*GIVEN, "--speculative=some"], ["--speculative=some cannot be read", "a whole number"]),
         ([*GIVEN, "--min_p=2"], ["--min_p=2.0 must be between 0 and 1"]),
         ([*GIVEN, "--presence_penalty=3"], ["--presence_penalty=3.0 must be between -2 and 2"]),
+        ([*GIVEN, "--weights=int4"], ["--weights=int4 cannot be read", "compute or float8"]),
+        ([*GIVEN, "--mesh.expert=x"], ["--mesh.expert=x cannot be read", "a whole number"]),
+        ([*GIVEN, "--mesh.experts=2"], ["--mesh.experts is not an option", "did you mean --mesh.expert?"]),
         ([*GIVEN, "--chat=yes"], ["--chat=yes cannot be read", "no value"]),
     ],
 )
@@ -172,6 +175,10 @@ def test_a_mistake_is_one_line_that_names_it(argv, parts, capsys):
         (["--max_new_tokens=127"], 2, "2 tokens and max_new_tokens=127 need 129 positions, and the model has"),
         (["--max_new_tokens=-3"], 2, "error: --max_new_tokens=-3 must be at least 1"),
         (["--speculative=1"], 2, "speculative=1 must be at least 0, and 0 for a model without MTP module"),
+        (["--mesh.expert=3"], 2, "mesh.expert=3 makes 3, which must be the number of devices, 8"),
+        (["--mesh.tensor=8"], 2, "mesh.tensor=8 must divide its 'heads' of 4"),
+        (["--mesh.context=8"], 2, "mesh.context=8 must be 1 to generate"),
+        (["--weights=float8"], 1, "is F32, and weights=float8 holds what is in FP8 already"),
     ],
 )
 def test_how_a_run_that_cannot_be_ends(workdir, options, code, part, monkeypatch, capsys):
