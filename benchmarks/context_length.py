@@ -12,13 +12,12 @@ import dataclasses
 import resource
 import sys
 import time
-from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from benchmarks.machine import machine_rates
 from dsv3_jax.command_line import load_config
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.data.tokenizer import special_tokens, train_tokenizer
@@ -65,23 +64,6 @@ def least(model: ModelConfig, context: int, products: float, reads: float) -> tu
     operations = 2 * active * context + pairs * model.heads * 4 * model.cache_width
     cache = model.layers * context * model.cache_width
     return operations / products, (active + cache) * size / reads
-
-
-def fastest(work: Callable[[], jax.Array]) -> float:
-    """Seconds of the best of ten calls."""
-    times = []
-    for _ in range(10):
-        start = time.perf_counter()
-        work().block_until_ready()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
-def machine_rates() -> tuple[float, float]:
-    """Floating-point operations a second, and bytes read a second."""
-    square, column = jnp.ones((2048, 2048)), jnp.ones(64 * 2**20)
-    product, total = jax.jit(lambda x: x @ x), jax.jit(jnp.sum)
-    return 2 * 2048**3 / fastest(lambda: product(square)), column.nbytes / fastest(lambda: total(column))
 
 
 def main() -> None:

@@ -1,26 +1,31 @@
-"""Greedy decoding of one prompt against transformers.
+"""Greedy decoding against transformers, and against what the machine could do at most.
 
-python -m benchmarks.decode_speed CONFIG
+python -m benchmarks.decode_speed CONFIG [--batch=1] [--rounds=5] [--alone]
 
-CONFIG names a file in configs/. Both sides have random parameters of that shape, prefill 64 tokens and make 128 more;
-prefill is in the time, compilation is not. Prints the ratio to transformers as it comes and to its fastest variant, and
-the most the first could be here if a token were nothing but its matrix products.
+CONFIG names a file in configs/. Both sides have random parameters of that shape, prefill prompts of 64 tokens and make
+128 more of each; prefill is in the time, compilation is not. Prints the ratio to transformers as it comes and to its
+fastest variant; of one prompt also the most the first could be here if a token were nothing but its matrix products.
+
+Then a step after the prompt beside its bound: its weights and cache read once at the rate of one sum over a large
+array, or its products at the rate of one large product, whichever takes longer. --alone prints that only.
 """
 
 import statistics
-import sys
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+import tyro
 from flax import nnx
 from jax import Array
 
 from benchmarks import transformers_baseline as baseline
 from benchmarks.interleaved import interleaved, ratio
+from benchmarks.machine import MachineRates, machine_rates
 from dsv3_jax.command_line import load_config
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.data.tokenizer import special_tokens, train_tokenizer
@@ -32,26 +37,47 @@ from dsv3_jax.model.layers import FeedForward
 from dsv3_jax.model.moe import MixtureOfExperts
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.runtime import set_up_compiler, use_one_thread
+from dsv3_jax.training.flops import forward_flops, parameter_counts
 
-ROUNDS = 5
+
+class Decoded(NamedTuple):
+    speed: float
+    """Greedy tokens/s of all prompts together, their prefill included."""
+    step: float
+    """Seconds of a step after the prompts: one token more for each."""
 
 
-def decoder(model: ModelConfig) -> Callable[[], float]:
-    """Greedy tokens/s of one prompt."""
+def decoder(model: ModelConfig, batch: int) -> Callable[[], Decoded]:
     # A tokenizer of any text: only its size matters, and its end token, which is made less probable than the best.
     network, tokenizer = Transformer(model, nnx.Rngs(0)), train_tokenizer(["some text"], model.vocabulary)
     network.head[...] = network.head[...].at[:, special_tokens(tokenizer).end].set(0.0)
     generator = Generator(network, tokenizer)
     random = np.random.default_rng(0)
 
-    def decode() -> float:
-        prompt = random.integers(10, 200, baseline.PROMPT).tolist()
+    def decode() -> Decoded:
+        prompts = random.integers(10, 200, (batch, baseline.PROMPT)).tolist()
         start = time.perf_counter()
-        chunks = list(generator.generate([prompt], Sampling(temperature=0), baseline.NEW))
-        return sum(len(chunk.token_ids[0]) for chunk in chunks) / (time.perf_counter() - start)
+        chunks = list(generator.generate(prompts, Sampling(temperature=0), baseline.NEW))
+        seconds = time.perf_counter() - start
+        made = sum(len(ids) for chunk in chunks for ids in chunk.token_ids)
+        steps = chunks[1:]
+        step = sum(chunk.seconds for chunk in steps) / sum(len(chunk.token_ids[0]) for chunk in steps)
+        return Decoded(made / seconds, step)
 
     decode()
     return decode
+
+
+def least_step(model: ModelConfig, batch: int, rates: MachineRates) -> tuple[float, float]:
+    """Seconds of a step's reads and of its products at this machine's rates, in the middle of the new tokens."""
+    counts, positions = parameter_counts(model), baseline.PROMPT + baseline.NEW // 2
+    # Experts that at least one of the batch's tokens chose, where every choice is as likely.
+    expert = 3 * model.width * model.expert_ffn_width
+    chosen = model.experts * (1 - (1 - model.experts_per_token / model.experts) ** batch)
+    weights = counts.active + model.moe_layers * (chosen - model.experts_per_token) * expert
+    cache = batch * model.layers * positions * model.cache_width
+    size = jnp.dtype(model.precision).itemsize
+    return (weights + cache) * size / rates.reads, batch * forward_flops(model, positions, decode=True) / rates.products
 
 
 def bare_products(model: ModelConfig) -> Callable[[], float]:
@@ -117,30 +143,53 @@ def bare_products(model: ModelConfig) -> Callable[[], float]:
     return run
 
 
-def main() -> None:
-    set_up_compiler()
-    (name,) = sys.argv[1:]
-    model = load_config(name).model
-    use_one_thread(model)
-    _, implementation, precision = baseline.fastest(baseline.decoding_rate, model)
+def against_transformers(name: str, model: ModelConfig, batch: int, rounds: int) -> None:
+    def rate(network: torch.nn.Module) -> float:
+        return baseline.decoding_rate(network, batch)
+
+    _, implementation, precision = baseline.fastest(rate, model)
     plain = baseline.build(model, "default", torch.float32)
     best = baseline.build(model, implementation, precision)
+    ours = decoder(model, batch)
     sides = {
-        "ours": decoder(model),
-        "products": bare_products(model),
-        "plain": lambda: baseline.decode(plain),
-        "best": lambda: baseline.decode(best),
+        "ours": lambda: ours().speed,
+        "plain": lambda: baseline.decode(plain, batch),
+        "best": lambda: baseline.decode(best, batch),
     }
-    found = interleaved(sides, ROUNDS)
+    if batch == 1:
+        sides["products"] = bare_products(model)
+    found = interleaved(sides, rounds)
     speeds = {side: statistics.median(rates) for side, rates in found.items()}
     print(
-        f"{name}, batch 1: ours {speeds['ours']:,.0f} tokens/s; transformers {speeds['plain']:,.1f}, "
+        f"{name}, batch {batch}: ours {speeds['ours']:,.0f} tokens/s; transformers {speeds['plain']:,.1f}, "
         f"fastest ({implementation}, {precision}) {speeds['best']:,.1f}"
     )
     print(f"ours / transformers: {ratio(found['ours'], found['plain'])}")
-    print(f"bare matrix products / transformers: {ratio(found['products'], found['plain'])}")
-    print(f"ours / fastest transformers: {ratio(found['ours'], found['best'])}")
+    if batch == 1:
+        print(f"bare matrix products / transformers: {ratio(found['products'], found['plain'])}")
+    print(f"ours / fastest transformers: {ratio(found['ours'], found['best'])}", flush=True)
+
+
+def beside_its_bound(name: str, model: ModelConfig, batch: int, rounds: int) -> None:
+    decode = decoder(model, batch)
+    rounds_of = [(least_step(model, batch, machine_rates()), decode().step) for _ in range(rounds)]
+    reads, products = (statistics.median(least[side] for least, _ in rounds_of) for side in (0, 1))
+    shares = sorted(max(least) / step for least, step in rounds_of)
+    step = statistics.median(step for _, step in rounds_of)
+    print(
+        f"{name}, batch {batch}: a step {1e3 * step:.3f} ms; its reads {1e3 * reads:.3f}, products {1e3 * products:.3f}"
+    )
+    print(f"share of the bound: {statistics.median(shares):.2f} ({shares[0]:.2f} to {shares[-1]:.2f})")
+
+
+def main(name: tyro.conf.Positional[str], batch: int = 1, rounds: int = 5, alone: bool = False) -> None:
+    set_up_compiler()
+    model = load_config(name).model
+    use_one_thread(model)
+    if not alone:
+        against_transformers(name, model, batch, rounds)
+    beside_its_bound(name, model, batch, rounds)
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, use_underscores=True)

@@ -77,12 +77,12 @@ def trainer(network: DeepseekV3ForCausalLM, batch: int, sequence: int) -> Callab
 
 
 @torch.no_grad()
-def decode(network: DeepseekV3ForCausalLM) -> float:
-    """Greedy tokens/s of one prompt, its prefill included."""
-    tokens = torch.randint(0, network.config.vocab_size, (1, PROMPT))
+def decode(network: DeepseekV3ForCausalLM, batch: int = 1) -> float:
+    """Greedy tokens/s of so many prompts, their prefill included."""
+    tokens = torch.randint(0, network.config.vocab_size, (batch, PROMPT))
     start = time.perf_counter()
     network.eval().generate(tokens, max_new_tokens=NEW, do_sample=False)
-    return NEW / (time.perf_counter() - start)
+    return batch * NEW / (time.perf_counter() - start)
 
 
 def fastest(measure: Callable[[DeepseekV3ForCausalLM], float], model: ModelConfig) -> tuple[float, str, torch.dtype]:
@@ -107,9 +107,9 @@ def training_rate(network: DeepseekV3ForCausalLM, batch: int, sequence: int) -> 
     return train(4)
 
 
-def decoding_rate(network: DeepseekV3ForCausalLM) -> float:
-    decode(network)
-    return decode(network)
+def decoding_rate(network: DeepseekV3ForCausalLM, batch: int = 1) -> float:
+    decode(network, batch)
+    return decode(network, batch)
 
 
 def main() -> None:

@@ -1,0 +1,137 @@
+"""What the server costs: requests over HTTP against the same requests given to the engine itself.
+
+python -m benchmarks.server_overhead WORKDIR [--requests=16] [--tokens=256] [--rounds=6]
+
+One process serves as `infer.py --serve` does, with as many slots as requests; its engine also takes requests from the
+benchmark. Clients are in a process of their own, one connection a request. Prints, as the median and range of
+interleaved rounds, tokens a second over HTTP, streamed and whole, over those of the engine alone.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx2
+import numpy as np
+import tyro
+
+from benchmarks.interleaved import interleaved, ratio
+from dsv3_jax.inference.arguments import InferArguments
+from dsv3_jax.inference.engine import Engine
+from dsv3_jax.inference.requests import Event, Request
+from dsv3_jax.inference.sampling import Sampling
+from dsv3_jax.inference.server.running import Server, bound
+from dsv3_jax.inference.server.serving import load_service
+from dsv3_jax.runtime import set_up_compiler
+
+PROMPT = 64
+
+
+def main(workdir: tyro.conf.Positional[Path], requests: int = 16, tokens: int = 256, rounds: int = 6) -> None:
+    set_up_compiler()
+    service, engine = load_service(InferArguments(workdir, (), serve=True, slots=requests))
+    listening, stop = bound("127.0.0.1", 0), threading.Event()
+    server = Server(service, stop)
+    threads = [
+        threading.Thread(target=engine.run, args=(stop,)),
+        threading.Thread(target=server.run, kwargs={"sockets": [listening]}),
+    ]
+    for thread in threads:
+        thread.start()
+    address = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    command = [sys.executable, "-m", "benchmarks.server_overhead", "--client", address]
+    client = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert client.stdin and client.stdout
+    words, results = client.stdin, client.stdout
+    random = np.random.default_rng(0)
+
+    def prompts() -> list[list[int]]:
+        # New ones for every measurement: a prompt that is known costs less.
+        return random.integers(10, 200, (requests, PROMPT)).tolist()
+
+    def over_http(stream: bool) -> float:
+        print(json.dumps({"prompts": prompts(), "tokens": tokens, "stream": stream}), file=words, flush=True)
+        return float(results.readline())
+
+    sides: dict[str, Callable[[], float]] = {
+        "engine": lambda: of_engine(engine, prompts(), tokens),
+        "streamed": lambda: over_http(True),
+        "whole": lambda: over_http(False),
+    }
+    try:
+        for measure in sides.values():
+            measure()
+        found = interleaved(sides, rounds)
+    finally:
+        words.close()
+        client.wait()
+        server.should_exit = True
+        stop.set()
+        for thread in threads:
+            thread.join()
+    print(f"{workdir}: {requests} requests, engine {statistics.median(found['engine']):,.0f} tokens/s")
+    for name in ("streamed", "whole"):
+        print(f"  {name} / engine {ratio(found[name], found['engine'])}")
+
+
+def of_engine(engine: Engine, prompts: list[list[int]], tokens: int) -> float:
+    """Tokens/s."""
+    made, ended = [0] * len(prompts), threading.Semaphore(0)
+
+    def heard(index: int) -> Callable[[Event], None]:
+        def on_event(event: Event) -> None:
+            made[index] += len(event.token_ids)
+            if event.finish:
+                ended.release()
+
+        return on_event
+
+    start = time.perf_counter()
+    for index, prompt in enumerate(prompts):
+        engine.submit(Request(prompt, Sampling(temperature=0.0), tokens), heard(index))
+    for _ in prompts:
+        ended.acquire()
+    return sum(made) / (time.perf_counter() - start)
+
+
+def be_clients(address: str) -> None:
+    """Makes the requests of every line that comes, all at once, and answers with tokens/s."""
+    with httpx2.Client(base_url=address, timeout=None, limits=httpx2.Limits(max_connections=None)) as client:
+        for line in sys.stdin:
+            work = json.loads(line)
+            made = [0] * len(work["prompts"])
+
+            def ask(index: int, work=work, made=made) -> None:
+                made[index] = answered(client, work["prompts"][index], work["tokens"], work["stream"])
+
+            threads = [threading.Thread(target=ask, args=(index,)) for index in range(len(made))]
+            start = time.perf_counter()
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            print(sum(made) / (time.perf_counter() - start), flush=True)
+
+
+def answered(client: httpx2.Client, prompt: list[int], tokens: int, stream: bool) -> int:
+    """How many tokens came."""
+    body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": stream}
+    if not stream:
+        reply = client.post("/v1/completions", json=body)
+        return reply.raise_for_status().json()["usage"]["completion_tokens"]
+    body["stream_options"] = {"include_usage": True}
+    with client.stream("POST", "/v1/completions", json=body) as reply:
+        last = [line for line in reply.raise_for_status().iter_lines() if line.startswith("data: {")][-1]
+    return json.loads(last.removeprefix("data: "))["usage"]["completion_tokens"]
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--client"]:
+        be_clients(sys.argv[2])
+    else:
+        tyro.cli(main, use_underscores=True)
