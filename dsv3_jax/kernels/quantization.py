@@ -10,6 +10,7 @@ The last tile of a width that is no multiple of 128 is shorter. A tile with a Na
 neither may turn into a number.
 """
 
+import math
 from typing import Literal, NamedTuple
 
 import jax
@@ -70,54 +71,55 @@ def token_tiles(group_sizes_E: Array, rows: int) -> TokenTiles:
     return TokenTiles(tile_of_row_M.astype(jnp.int32), row_TR.astype(jnp.int32))
 
 
-def scales_of(amax: Array, scales: ScaleFormat) -> Array:
-    """max(amax, 1e-4) / 448; as a power of two 2^ceil(log2 of that), exact. NaN and infinity stay so."""
+def scales_of(amax: Array, scales: ScaleFormat, largest: float = LARGEST) -> Array:
+    """max(amax, 1e-4) / largest; as a power of two 2^ceil(log2 of that), exact. NaN and infinity stay so."""
     amax = _floats(jnp.maximum(_bits(amax), _bits(jnp.float32(SMALLEST_AMAX))))  # as integers: NaN is above all
     if scales == "float32":
         # Times the reciprocal, which every backend rounds alike; XLA makes that of a division anyway.
-        return amax * jnp.float32(1 / LARGEST)
-    # 448 is 1.75 * 2^8, so the exponent is amax's less 8, and one more where its fraction is beyond 1.75.
-    exponent = ((_bits(amax) + 0x1FFFFF) >> 23) - 8
+        return amax * jnp.float32(1 / largest)
+    # With `largest` = fraction * 2^k: amax's exponent less k, and one more where its fraction is beyond that one.
+    fraction, power = math.frexp(largest)
+    beyond = (1 << 24) - 1 - int(fraction * (1 << 24))
+    exponent = ((_bits(amax) + beyond) >> 23) - (power - 1)
     return jnp.where(jnp.isfinite(amax), _floats(exponent << 23), amax)
+
+
+def tile_amax(x: Array) -> Array:
+    """The largest magnitude of each tile of 1 x 128: [.., ceil(D / 128)]."""
+    return _largest(_tiled(x, -1), -1)
 
 
 def quantized_rows(x: Array, recipe: Recipe) -> Scaled:
     """Tiles of 1 x 128 along the last dim: codes [.., D], scales [.., ceil(D / 128)]."""
-    tiled = _tiled(x, -1)
-    scales = scales_of(_pooled(_largest(tiled, -1), recipe), recipe.scales)
-    return Scaled(_untiled(_codes(tiled, scales[..., None]), -1, x.shape), scales)
+    scales = scales_of(_pooled(tile_amax(x), recipe), recipe.scales)
+    return Scaled(codes_of(x, scales), scales)
 
 
 def quantized_gradient(x_MF: Array, recipe: Recipe, tiles: TokenTiles) -> Scaled:
     """`quantized_rows`; for the ablation the tiles that one block of 128 x 128 covers have one scale."""
     if recipe.tiles != "gradient_blocks":
         return quantized_rows(x_MF, recipe)
-    tiled = _tiled(x_MF, -1)
-    amax_Tf = _largest(_taken(_largest(tiled, -1), tiles.row_TR), 1)
+    amax_Tf = _largest(_taken(tile_amax(x_MF), tiles.row_TR), 1)
     scales = scales_of(amax_Tf, recipe.scales)[tiles.tile_of_row_M]
-    return Scaled(_untiled(_codes(tiled, scales[..., None]), -1, x_MF.shape), scales)
+    return Scaled(codes_of(x_MF, scales), scales)
 
 
 def quantized_blocks(x_EDF: Array, recipe: Recipe) -> Scaled:
     """Blocks of 128 x 128 of each matrix: codes [E, D, F], scales [E, ceil(D / 128), ceil(F / 128)]."""
-    amax_EDf = block_row_amax(x_EDF)
+    amax_EDf = tile_amax(x_EDF)  # of a row's part in each block, all that the block has to know of it
     scales_EDf, scales_Edf = block_scales(amax_EDf, recipe)
-    return Scaled(block_codes(x_EDF, scales_EDf), scales_Edf)
-
-
-def block_row_amax(x_EDF: Array) -> Array:
-    """[E, D, f], the largest magnitude of each row's part in each block: all that a block has to know of a row."""
-    return _largest(_tiled(x_EDF, -1), -1)
+    return Scaled(codes_of(x_EDF, scales_EDf), scales_Edf)
 
 
 def block_scales(amax_EDf: Array, recipe: Recipe) -> tuple[Array, Array]:
-    """The scale of each row's part in each block [E, D, f], and of each block [E, d, f]."""
+    """Of the blocks with these `tile_amax`: the scale of each row's part [E, D, f], and of each block [E, d, f]."""
     scales_Edf = scales_of(_pooled(_largest(_tiled(amax_EDf, -2), -2), recipe), recipe.scales)
     return jnp.repeat(scales_Edf, TILE, axis=-2)[:, : amax_EDf.shape[-2]], scales_Edf
 
 
-def block_codes(x_EDF: Array, scales_EDf: Array) -> Array:
-    return _untiled(_codes(_tiled(x_EDF, -1), scales_EDf[..., None]), -1, x_EDF.shape)
+def codes_of(x: Array, scales: Array) -> Array:
+    """Codes [.., D] with these scales [.., ceil(D / 128)]."""
+    return _untiled(_codes(_tiled(x, -1), scales[..., None]), -1, x.shape)
 
 
 def quantized_columns(x_MF: Array, recipe: Recipe, tiles: TokenTiles, *, gradient: bool = False) -> Scaled:
