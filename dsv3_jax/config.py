@@ -119,9 +119,14 @@ class ModelConfig:
     """Send a token once to each node it has experts on, and there on to its experts; otherwise once to each expert."""
 
     @property
-    def dtype(self) -> str:
+    def dtype(self) -> Literal["float32", "bfloat16"]:
         """Name of the type of the residual stream, and of products outside of FP8."""
         return "bfloat16" if self.precision == "fp8" else self.precision
+
+    @property
+    def to_run(self) -> "ModelConfig":
+        """The same model where it is not trained: of FP8's recipe nothing is left but the numbers it led to."""
+        return dataclasses.replace(self, precision=self.dtype)
 
     @property
     def recomputed(self) -> Literal["none", "up_projections", "block"]:
@@ -296,6 +301,13 @@ def check(config: Config) -> None:
         ConfigError: names the field, its value and what would be right.
     """
     check_model(config.model)
+    for name in ("float8_scales", "float8_tiles"):
+        value, default = getattr(config.model, name), getattr(ModelConfig, name)
+        if config.model.precision != "fp8" and value != default:
+            raise ConfigError(
+                f"model.{name}={value} means nothing with model.precision={config.model.precision}: it needs "
+                "model.precision=fp8"
+            )
     training, data, optimizer, loss = config.training, config.data, config.optimizer, config.loss
     for name in ("tokens", "sequence_length", "batch_size", "microbatches", "log_interval"):
         _at_least(f"training.{name}", getattr(training, name), 1)

@@ -38,8 +38,8 @@ class Options(NamedTuple):
     """What is known when compiling."""
 
     recipe: Recipe
-    gradient: Recipe
-    """Of the gradient that comes to the layer, along its columns."""
+    came_in: Recipe | None = None
+    """Scales in which the gradient came to the layer from another device; None: it did not come in FP8."""
     keep_values: bool = False
     """The rows are kept as values, and quantised along the tokens from these."""
 
@@ -64,7 +64,7 @@ def product(
     if not isinstance(rows, Encoded):
         rows = Encoded(quantized_rows(jax.lax.stop_gradient(rows), recipe), rows)
     arguments = _alike(rows.values, rows.encoded, matrices.values, matrices.encoded, group_sizes_E)
-    return _product(Options(recipe, recipe, keep_values), *arguments)
+    return _product(Options(recipe, keep_values=keep_values), *arguments)
 
 
 def product_of_swiglu(
@@ -74,17 +74,18 @@ def product_of_swiglu(
     group_sizes_E: Array,
     recipe: Recipe,
     *,
-    gradient: Recipe | None = None,
+    came_in: Recipe | None = None,
 ) -> Array:
     """`product` of swiglu(*inputs), of which the first input [M, .., F] is kept in FP8 and the result computed again.
 
     The forward pass multiplies what comes of the inputs as they are; their codes are for the backward pass alone.
 
     Args:
-        gradient: scales of the gradient that comes to this layer, where they are others.
+        came_in: where the result's gradient comes from other devices in FP8, the scales that it has there. Rows that
+            are on this device get the same.
     """
     arguments = _alike(inputs, matrices.values, matrices.encoded, group_sizes_E)
-    return _product_of(swiglu, Options(recipe, gradient or recipe), *arguments)
+    return _product_of(swiglu, Options(recipe, came_in), *arguments)
 
 
 def _alike(*arguments: Any) -> Any:
@@ -145,7 +146,9 @@ def _gradients(
 ) -> tuple[Array, Array]:
     """Of the rows in `dtype` and of the weights in float32."""
     tiles = token_tiles(group_sizes_E, len(rows_MD))
-    gradient = quantized_gradient(gradient_MF, options.gradient, tiles)
+    gradient = quantized_gradient(gradient_MF, options.came_in or options.recipe, tiles)
+    if options.came_in:
+        gradient_MF = rows_of(gradient)
     of_rows_MD = scaled_matmul.grouped_input_gradient(gradient, weights, group_sizes_E, dtype)
     rows = quantized_columns(rows_MD, options.recipe, tiles)
     gradient = quantized_columns(gradient_MF, options.recipe, tiles, gradient=True)

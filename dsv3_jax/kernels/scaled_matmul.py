@@ -5,6 +5,7 @@ float32 (V3 section 3.3.2). A dense layer is one group. Where nothing multiplies
 first multiplied by their scales: the same but for float32's rounding.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -12,8 +13,8 @@ from dsv3_jax.kernels.grouped_matmul import grouped_gradient_of_weights, grouped
 from dsv3_jax.kernels.quantization import Scaled, blocks_of, columns_of, rows_of
 
 
-def multiplies_float8() -> bool:
-    """Whether the products below are of FP8 on the platform that is compiled for."""
+def multiplies_float8(device: jax.Device) -> bool:
+    """Whether the products below are of FP8 on such a device."""
     return False
 
 
@@ -26,7 +27,7 @@ def grouped_product(rows: Scaled, weights: Scaled, group_sizes_E: Array, dtype: 
         weights: codes [E, D, F], scales [E, ceil(D / 128), ceil(F / 128)].
         group_sizes_E: int32, any of them 0.
     """
-    return grouped_matmul(rows_of(rows), blocks_of(weights), group_sizes_E).astype(dtype)
+    return _multiplied(rows_of(rows), blocks_of(weights), group_sizes_E).astype(dtype)
 
 
 def grouped_input_gradient(gradient: Scaled, weights: Scaled, group_sizes_E: Array, dtype: jnp.dtype) -> Array:
@@ -36,7 +37,7 @@ def grouped_input_gradient(gradient: Scaled, weights: Scaled, group_sizes_E: Arr
         gradient: codes [M, F], scales [M, ceil(F / 128)].
         weights, group_sizes_E: as in `grouped_product`.
     """
-    return grouped_matmul(rows_of(gradient), blocks_of(weights).swapaxes(1, 2), group_sizes_E).astype(dtype)
+    return _multiplied(rows_of(gradient), blocks_of(weights).swapaxes(1, 2), group_sizes_E).astype(dtype)
 
 
 def grouped_weight_gradient(rows: Scaled, gradient: Scaled, group_sizes_E: Array, tile_of_row_M: Array) -> Array:
@@ -48,5 +49,15 @@ def grouped_weight_gradient(rows: Scaled, gradient: Scaled, group_sizes_E: Array
         group_sizes_E: as in `grouped_product`.
         tile_of_row_M: int32 tile of each row, rising with the rows (`quantization.token_tiles`).
     """
-    wide = columns_of(rows, tile_of_row_M), columns_of(gradient, tile_of_row_M)
-    return grouped_gradient_of_weights(*wide, group_sizes_E)
+    left_MD, right_MF = columns_of(rows, tile_of_row_M), columns_of(gradient, tile_of_row_M)
+    if len(group_sizes_E) > 1:
+        return grouped_gradient_of_weights(left_MD, right_MF, group_sizes_E)
+    is_row_M1 = (jnp.arange(len(left_MD)) < group_sizes_E)[:, None]
+    left_MD, right_MF = (jnp.where(is_row_M1, each, 0) for each in (left_MD, right_MF))
+    return jnp.matmul(left_MD.T, right_MF, precision=jax.lax.Precision.HIGHEST)[None]
+
+
+def _multiplied(rows_MD: Array, weights_EDF: Array, group_sizes_E: Array) -> Array:
+    if len(weights_EDF) > 1:
+        return grouped_matmul(rows_MD, weights_EDF, group_sizes_E)
+    return jnp.matmul(rows_MD, weights_EDF[0], precision=jax.lax.Precision.HIGHEST)

@@ -71,7 +71,7 @@ def answered(
     gate_and_up_MG = product(Encoded(scaled, rows.values), gate_up, group_sizes_e, recipe)
     by_power_of_two = recipe._replace(scales="power_of_two")
     inputs = gate_and_up_MG, weights_M
-    return product_of_swiglu(weighted_swiglu, inputs, down, group_sizes_e, recipe, gradient=by_power_of_two)
+    return product_of_swiglu(weighted_swiglu, inputs, down, group_sizes_e, recipe, came_in=by_power_of_two)
 
 
 def wire(width: int, dtype: jnp.dtype, recipe: Recipe) -> Wire:

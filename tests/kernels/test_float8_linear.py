@@ -40,8 +40,8 @@ def _products(rows, weights, gradient, *, power=False, gradient_power=False, col
     """The product, and the gradients of rows and weights."""
     columns_from = reference.as_rows(rows, power) if columns_from is None else columns_from
     of_rows, wide = reference.as_rows(rows, power), reference.as_rows(gradient, gradient_power)
-    left, right = (reference.as_columns(x.astype(np.float32), SIZES, p) for x, p in (
-        (columns_from, power), (gradient, power)))  # fmt: skip
+    came_in = wide if gradient_power and not power else gradient
+    left, right = (reference.as_columns(x.astype(np.float32), SIZES, power) for x in (columns_from, came_in))
     out, of_input, of_weights = np.zeros(gradient.shape), np.zeros(rows.shape), np.zeros(weights.shape)
     for group, mine in enumerate(_groups()):
         blocks = reference.as_blocks(weights[group], power)
@@ -105,7 +105,7 @@ def test_swiglu_is_multiplied_as_it_is_and_computed_again_from_fp8():
             matrices = Encoded(quantized_blocks(jax.lax.stop_gradient(weights), Recipe()), weights)
             sizes = jnp.array(SIZES, jnp.int32)
             inputs = both, scale_M
-            return product_of_swiglu(weighted_swiglu, inputs, matrices, sizes, Recipe(), gradient=POWERS)
+            return product_of_swiglu(weighted_swiglu, inputs, matrices, sizes, Recipe(), came_in=POWERS)
 
         out, transpose = jax.vjp(layer, both, weights, scale_M)
         return out, *transpose(gradient)
