@@ -23,10 +23,8 @@ import train
 from dsv3_jax.command_line import parse_train, run_main
 from dsv3_jax.config import from_json
 from dsv3_jax.data.tokenizer import train_tokenizer
-from dsv3_jax.convert.exporting import export_checkpoint
 from dsv3_jax.layout import mesh_of
-from dsv3_jax.loading import load
-from dsv3_jax.model.functional import skeleton_of, take_apart
+from dsv3_jax.model.functional import skeleton_of
 from dsv3_jax.training.checkpoint import complete_steps, open_checkpoint, restore_part
 from dsv3_jax.training.loop import LoopResult
 from dsv3_jax.training.metrics import read_metrics
@@ -401,33 +399,3 @@ def test_a_corpus_without_held_out_texts_is_refused_before_the_run_or_reported_a
         assert json.loads((tmp_path / "run/summary.json").read_text())["tokens"] == STEPS * 2 * 32
     else:
         assert code == 2 and "data.validation_share" in _error(errors) and not (tmp_path / "run").exists()
-
-
-# FP8.
-
-
-def test_a_run_in_fp8_resumes_bit_for_bit_and_is_loaded_and_exported_as_any_other(options, capsys, tmp_path):
-    workdir = tmp_path / "run"
-    command = options(workdir, "--model.precision=fp8", "--model.layers=1", "--model.dense_layers=0")
-    code, errors = _in_process(command, capsys)
-    assert code == 0, errors
-    (line,) = [line for line in errors if "does not multiply FP8" in line]
-    assert line.startswith("model.precision=fp8: a cpu ")
-    state, metrics = _final_state(workdir), _untimed(workdir)
-    assert {leaf.dtype for leaf in jax.tree.leaves(state.parameters)} == {jnp.dtype("float32")}
-    moments = state.optimizer[0]
-    assert {leaf.dtype for leaf in jax.tree.leaves((moments.mu, moments.nu))} == {jnp.dtype("bfloat16")}
-
-    shutil.rmtree(workdir / "checkpoints" / str(STEPS))
-    (workdir / "summary.json").unlink()
-    code, errors = _in_process(command, capsys)
-    assert code == 0, errors
-    assert _untimed(workdir) == metrics
-    _assert_same_bits(_final_state(workdir), state)
-
-    model, config, _ = load(workdir)
-    assert config.model.precision == "bfloat16" and model.embedding.get_value().dtype == jnp.bfloat16
-    export_checkpoint(workdir, tmp_path / "exported")
-    exported, _, _ = load(tmp_path / "exported", dtype="float32")
-    parameters, _ = take_apart(exported)
-    _assert_same_bits(parameters, state.parameters)
