@@ -107,8 +107,8 @@ class ModelConfig:
     float8_scales: Literal["float32", "power_of_two"] = "float32"
     """Scales of FP8's tiles: amax / 448, or that rounded up to a power of two (UE8M0, V3.1)."""
     float8_tiles: Literal["fine", "gradient_blocks", "tensor"] = "fine"
-    """Numbers that share a scale in FP8: 128 of a token's or a channel's, 128 x 128 of weights. The others are ablations
-    (V3 appendix B.2): gradients in 128 x 128 as well; one scale for a whole tensor, as a device has it."""
+    """Numbers that share a scale in FP8: 128 of a token's or a channel's, 128 x 128 of weights. The others are
+    ablations (V3 appendix B.2): gradients in 128 x 128 as well; one scale for a whole tensor, as a device has it."""
     remat: Literal["none", "up_projections", "block"] = "block"
     """What backward recomputes: nothing; norms, MLA's up-projections and SwiGLU (V3 section 3.2.3), keeping latents,
     attention's output and the inputs of SwiGLU; or everything inside each block."""

@@ -20,7 +20,15 @@ from sharding.encoded import Encoded, values_of, with_values, without_values
 from sharding.exchange import Wire, exchanged
 from sharding.repetition import added_up
 from sharding.rules import EXPERT_AXES
-from sharding.token_rows import DispatchPlan, combine, dispatch, partial_plan, rows_of_tokens, spread_rows, spread_weights
+from sharding.token_rows import (
+    DispatchPlan,
+    combine,
+    dispatch,
+    partial_plan,
+    rows_of_tokens,
+    spread_rows,
+    spread_weights,
+)
 
 # (matrices, rows [M, D] or Encoded, weights [M], group sizes [e]) -> answers [M, D], each times its weight.
 Experts = Callable[[Any, Array, Array, Array], Array]

@@ -7,7 +7,6 @@ stand for go along, for the gradient to flow through. Nothing reads those, and w
 from typing import Any, NamedTuple
 
 import jax
-from jax import Array
 
 
 class Encoded(NamedTuple):

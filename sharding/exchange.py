@@ -175,7 +175,9 @@ def _received(arrays_M: Any, this: Round, capacity: int, axes: tuple[str, ...]) 
     """The round's rows of each array at this device, grouped by expert; of `Encoded` ones no values."""
 
     def one(rows_M: Any) -> Any:
-        empty_R = _zeros(jax.ShapeDtypeStruct((capacity, *values_of(rows_M).shape[1:]), values_of(rows_M).dtype), rows_M)
+        empty_R = _zeros(
+            jax.ShapeDtypeStruct((capacity, *values_of(rows_M).shape[1:]), values_of(rows_M).dtype), rows_M
+        )
         if isinstance(rows_M, Encoded):
             return Encoded(one(rows_M.encoded), empty_R)
         arrived_R = ship(rows_M, empty_R, this.shipment, axes)

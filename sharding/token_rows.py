@@ -34,7 +34,8 @@ class PartialPlan(DispatchPlan):
 def dispatch(x_ND: Any, weights_NK: Array, experts_NK: Array, experts: int) -> tuple[Any, Array, DispatchPlan]:
     """Copy each token into one row an expert it goes to, rows ordered by expert.
 
-    x_ND: tokens, an array or a tree of arrays. Returns rows [M, D], the weight of each row [M], and the plan that `combine` needs.
+    x_ND is an array or a tree of arrays. Returns rows [M, D], the weight of each row [M], and the plan that `combine`
+    needs.
     """
     tokens, choices = experts_NK.shape
     flat_M = experts_NK.reshape(-1)

@@ -1,12 +1,14 @@
 """Numbers in 12 bits, E5M6, with a power of two for each 128: how attention's output is kept (V3 section 3.3.3).
 
-A code is the upper 12 bits of an IEEE binary16: a sign, 5 bits of exponent with bias 15, 6 of fraction, with subnormals,
-infinities and NaN as there. It is the nearest to number / scale, ties to even; the largest finite one is 65024. A scale
-is the smallest power of two for which no number of its tile is beyond that, magnitudes below 1e-4 counting as that.
-Tiles are 128 numbers along the last dim, the last of them shorter. A tile with a NaN or an infinity becomes NaN.
+A code is the upper 12 bits of an IEEE binary16: a sign, 5 bits of exponent with bias 15, 6 of fraction; subnormals,
+infinities and NaN are as there. It is the nearest to number / scale, ties to even; the largest finite one is 65024. A
+scale is the smallest power of two for which no number of its tile is beyond that, magnitudes below 1e-4 counting as
+that. Tiles are 128 numbers along the last dim, the last of them shorter. A tile with a NaN or an infinity becomes NaN.
 
-N numbers are kept in N + ceil(N / 2) bytes: the upper 8 bits of each code, then the lower 4 bits two to a byte, number i
-in the upper half of byte i, number ceil(N / 2) + i in its lower half. bfloat16 holds every value exactly.
+N numbers are kept in N + ceil(N / 2) bytes: the upper 8 bits of each code, then the lower 4 bits two to a byte, those
+of number i in the upper half of byte i, those of number ceil(N / 2) + i in its lower half.
+
+bfloat16 holds every value exactly.
 """
 
 from typing import NamedTuple

@@ -4,8 +4,9 @@
     input gradient   gradient 1 x 128   times  weights 128 x 128, the same codes
     weight gradient  rows 128 x 1       times  gradient 128 x 1, in float32
 
-For the last, rows are read as codes of 1 x 128, the form they are kept in, multiplied by their scales and quantised anew
-along the tokens; no tile crosses from one expert's rows to another's.
+For the last, rows are read as codes of 1 x 128, the form they are kept in, multiplied by their scales and quantised
+anew along the tokens; no tile crosses from one expert's rows to another's. A gradient is at hand as it is and is
+quantised from that both ways, but where it came in FP8 from another device.
 """
 
 import functools
@@ -117,9 +118,7 @@ _product.defvjp(_forward, _backward)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _product_of(swiglu, options, inputs, weights_EDF, weights: Scaled, group_sizes_E):
     rows_MD = swiglu(*inputs)
-    return scaled_matmul.grouped_product(
-        quantized_rows(rows_MD, options.recipe), weights, group_sizes_E, rows_MD.dtype
-    )
+    return scaled_matmul.grouped_product(quantized_rows(rows_MD, options.recipe), weights, group_sizes_E, rows_MD.dtype)
 
 
 def _forward_of(swiglu, options, inputs, weights_EDF, weights, group_sizes_E):

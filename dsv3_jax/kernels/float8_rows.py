@@ -12,7 +12,7 @@ from dsv3_jax.kernels.quantization import TILE, Recipe, Scaled, quantized_rows, 
 
 
 def packed_rows(x_MD: Array, recipe: Recipe) -> Array:
-    """uint8 [M, D + ceil(D / 128)] of rows quantised in tiles of 1 x 128; filled up to a multiple of 128 if D is one."""
+    """uint8 [M, D + ceil(D / 128)] of rows quantised in tiles of 1 x 128; a multiple of 128 bytes if D is one."""
     codes, scales = quantized_rows(x_MD, recipe._replace(scales="power_of_two"))
     exponents = (jax.lax.bitcast_convert_type(scales, jnp.int32) >> 23).astype(jnp.uint8)
     missing = 0 if codes.shape[1] % TILE else -scales.shape[1] % TILE

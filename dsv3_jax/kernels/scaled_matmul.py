@@ -13,8 +13,8 @@ from dsv3_jax.kernels.grouped_matmul import grouped_gradient_of_weights, grouped
 from dsv3_jax.kernels.quantization import Scaled, blocks_of, columns_of, rows_of
 
 
-def multiplies_float8(device: jax.Device) -> bool:
-    """Whether the products below are of FP8 on such a device."""
+def multiplies_float8() -> bool:
+    """Whether the products below are of FP8 on the chip that is compiled for."""
     return False
 
 
@@ -49,11 +49,10 @@ def grouped_weight_gradient(rows: Scaled, gradient: Scaled, group_sizes_E: Array
         group_sizes_E: as in `grouped_product`.
         tile_of_row_M: int32 tile of each row, rising with the rows (`quantization.token_tiles`).
     """
-    left_MD, right_MF = columns_of(rows, tile_of_row_M), columns_of(gradient, tile_of_row_M)
+    is_row_M1 = (jnp.arange(len(tile_of_row_M)) < group_sizes_E.sum())[:, None]
+    left_MD, right_MF = (jnp.where(is_row_M1, columns_of(each, tile_of_row_M), 0) for each in (rows, gradient))
     if len(group_sizes_E) > 1:
         return grouped_gradient_of_weights(left_MD, right_MF, group_sizes_E)
-    is_row_M1 = (jnp.arange(len(left_MD)) < group_sizes_E)[:, None]
-    left_MD, right_MF = (jnp.where(is_row_M1, each, 0) for each in (left_MD, right_MF))
     return jnp.matmul(left_MD.T, right_MF, precision=jax.lax.Precision.HIGHEST)[None]
 
 

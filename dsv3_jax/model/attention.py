@@ -71,9 +71,7 @@ class MultiHeadLatentAttention(nnx.Module):
             )
         else:
             segment_ids = None if segment_ids_BS is None else (segment_ids_BS, context_whole(segment_ids_BS))
-            mixed_BSHV = context_attention(
-                query_BSHd, key_BTHd, value_BTHV, scale, segment_ids, in_12_bits=in_12_bits
-            )
+            mixed_BSHV = context_attention(query_BSHd, key_BTHd, value_BTHV, scale, segment_ids, in_12_bits=in_12_bits)
         return self._output(mixed_BSHV), latent_BSX
 
     def decode(self, x_BSD: Array, by: Rotation, cache: Latents, positions_BS: Array) -> Array:

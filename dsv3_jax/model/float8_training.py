@@ -32,9 +32,7 @@ def recipe_of(model: ModelConfig) -> Recipe | None:
     return Recipe(model.float8_scales, model.float8_tiles) if model.precision == "fp8" else None
 
 
-def linear(
-    equation: str, x: Array, parameter: nnx.Variable, recipe: Recipe, *, keep_values: bool = False
-) -> Array:
+def linear(equation: str, x: Array, parameter: nnx.Variable, recipe: Recipe, *, keep_values: bool = False) -> Array:
     """The product with a parameter, whose first dims are the last of x and are summed over; in the type of x.
 
     `keep_values`: for the backward pass x is kept in another format than FP8.
@@ -90,7 +88,9 @@ def encoded_matrices(parameter: nnx.Variable, summed_over: int, recipe: Recipe) 
     split = first + summed_over
 
     def flat(x: Array) -> Array:
-        x = jnp.pad(x, [(0, -size % TILE if axis in FILLED_UP else 0) for axis, size in zip(axes, x.shape, strict=True)])
+        x = jnp.pad(
+            x, [(0, -size % TILE if axis in FILLED_UP else 0) for axis, size in zip(axes, x.shape, strict=True)]
+        )
         return x.reshape(_size(x.shape[:first]), _size(x.shape[first:split]), _size(x.shape[split:]))
 
     stored = stored_dim(axes)

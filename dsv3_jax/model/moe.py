@@ -56,9 +56,7 @@ class Experts(nnx.Module):
         Trained in FP8: encoded, gate beside up, as `float8_training.answered` takes them.
         """
         if self.recipe:
-            gate_up, down = (
-                float8_training.encoded_matrices(one, 1, self.recipe) for one in (self.gate_up, self.down)
-            )
+            gate_up, down = (float8_training.encoded_matrices(one, 1, self.recipe) for one in (self.gate_up, self.down))
             return gate_up, down
         return held(self.gate_up, self.dtype), held(self.down, self.dtype)
 

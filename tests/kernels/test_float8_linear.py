@@ -85,7 +85,9 @@ def test_a_product_and_its_gradients(recipe, keep_values):
     wanted = _products(rows, weights, gradient, power=power, gradient_power=power, columns_from=columns_from)
     found = _found(recipe, keep_values, rows, weights, gradient)
     _assert_close(found, wanted, [jnp.float32] * 3)
-    in_bfloat16 = _found(recipe, keep_values, jnp.asarray(rows, jnp.bfloat16), weights, jnp.asarray(gradient, jnp.bfloat16))
+    in_bfloat16 = _found(
+        recipe, keep_values, jnp.asarray(rows, jnp.bfloat16), weights, jnp.asarray(gradient, jnp.bfloat16)
+    )
     _assert_close(in_bfloat16, wanted, [jnp.bfloat16, jnp.bfloat16, jnp.float32])
 
 

@@ -64,7 +64,9 @@ def test_blocks(recipe):
     wanted = reference.quantized(x, reference.cut(ROWS), reference.cut(WIDTH), recipe.scales == "power_of_two")
     found = jax.jit(quantized_blocks, static_argnums=1)(x[None], recipe)
     _same_bits(jax.tree.map(lambda leaf: leaf[0], found), *wanted)
-    np.testing.assert_allclose(blocks_of(found)[0], reference.as_blocks(x, recipe.scales == "power_of_two"), rtol=2**-24)
+    np.testing.assert_allclose(
+        blocks_of(found)[0], reference.as_blocks(x, recipe.scales == "power_of_two"), rtol=2**-24
+    )
 
 
 @every_scale

@@ -5,16 +5,14 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import PartitionSpec
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.moe import MixtureOfExperts
 from sharding.collectives import spread, summed, variation
-from sharding.mesh import ROW_AXES, TOKEN_AXES, on_mesh, one_device, row_spec
+from sharding.mesh import TOKEN_AXES, on_mesh, one_device, row_spec
 from sharding.rules import TENSOR_AXES, partition_specs
 from tests.conftest import TINY
 from tests.reference import float8 as reference
@@ -40,9 +38,7 @@ def _trained(mesh: Any) -> tuple[Any, Any]:
 
     def specs(state: Any) -> Any:
         return jax.tree.map(
-            lambda variable: variable.replace(
-                partition_specs(variable.get_metadata("logical_axes"), mesh)
-            ),
+            lambda variable: variable.replace(partition_specs(variable.get_metadata("logical_axes"), mesh)),
             state,
             is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
         )
@@ -78,7 +74,9 @@ def test_output_and_gradients_are_those_of_numpy(tiny_model):
     model = tiny_model(**CHANGES)
     _, weights = random_module(MixtureOfExperts, model)
     x_ND, cotangent_ND = (each.reshape(-1, model.width) for each in _inputs(model))
-    gates = [routing.route(x.astype(np.float64), weights["router"]["weight"], weights["router"]["bias"], model) for x in x_ND]
+    gates = [
+        routing.route(x.astype(np.float64), weights["router"]["weight"], weights["router"]["bias"], model) for x in x_ND
+    ]
     out_ND = _network(x_ND, None, weights["shared"]["gate_up"], weights["shared"]["down"], cotangent_ND)[0]
     experts, of_experts = weights["experts"], {"gate_up": [], "down": []}
     for expert in range(model.experts):

@@ -44,7 +44,9 @@ def test_a_run_goes_on_bit_for_bit_and_is_loaded_and_exported_as_any_other(confi
     skeleton, mesh = skeleton_of(config.model), one_device()
     random = np.random.default_rng(0)
     places = np.broadcast_to(np.arange(SEQUENCE + 1, dtype=np.int32), (ROWS, SEQUENCE + 1))
-    batches = [Batch(random.integers(0, 48, places.shape).astype(np.int32), np.ones_like(places), places) for _ in "abc"]
+    batches = [
+        Batch(random.integers(0, 48, places.shape).astype(np.int32), np.ones_like(places), places) for _ in "abc"
+    ]
     step = make_train_step(config, skeleton, mesh)
     step = step.lower(abstract_state(config, skeleton, mesh), batches[0]).compile({"xla_backend_optimization_level": 0})
     state, losses = initial_state(config, skeleton, mesh), []
@@ -119,7 +121,11 @@ def test_activations_are_kept_in_fp8_and_attentions_output_in_twelve_bits(tiny_m
             "parameter moe_blocks.attention.output: mesh.tensor=4 cuts its 'heads', 256 numbers, within a tile of 128, "
             "which model.precision=fp8 cannot; mesh.tensor may be 1, 2",
         ),
-        ({"expert_ffn_width": 128}, 2, "moe_blocks.feed_forward.experts.down: mesh.tensor=2 cuts its 'expert_ffn', 128"),
+        (
+            {"expert_ffn_width": 128},
+            2,
+            "moe_blocks.feed_forward.experts.down: mesh.tensor=2 cuts its 'expert_ffn', 128",
+        ),
         ({}, 2, None),
         ({"expert_ffn_width": 128, "precision": "bfloat16"}, 2, None),
     ],
