@@ -112,10 +112,11 @@ def train(arguments: TrainArguments, interrupted: Callable[[], bool]) -> None:
 
 
 def note_float8(config: Config, mesh: Mesh) -> None:
+    """Says what happens instead where nothing multiplies FP8."""
     if config.model.precision == "fp8" and not multiplies_float8():
         note(
-            f"model.precision=fp8: a {mesh.devices.flat[0].device_kind} does not multiply FP8. Numbers are rounded to FP8 as the "
-            "recipe says and multiplied in float32: it learns as it would in FP8, but no faster than in float32"
+            f"model.precision=fp8: a {mesh.devices.flat[0].device_kind} does not multiply FP8. Numbers are rounded to "
+            "FP8 as the recipe says and multiplied in float32: it learns as it would in FP8, but no faster than in float32"
         )
 
 
