@@ -116,7 +116,7 @@ def note_float8(config: Config, mesh: Mesh) -> None:
     if config.model.precision == "fp8" and not multiplies_float8():
         note(
             f"model.precision=fp8: a {mesh.devices.flat[0].device_kind} does not multiply FP8. Numbers are rounded to "
-            "FP8 as the recipe says and multiplied in float32: it learns what it would in FP8, no faster than in float32"
+            "FP8 as the recipe says and multiplied in float32: it learns as it would in FP8, no faster than in float32"
         )
 
 
