@@ -100,8 +100,15 @@ class ModelConfig:
     """Epsilon of the two latent norms, which other code does not always tie to norm_epsilon."""
     initializer_std: float = 0.006
     """Standard deviation of every weight at the start (V3 section 4.2)."""
-    precision: Literal["float32", "bfloat16"] = "bfloat16"
-    """Type the matmuls compute in; parameters, router, norm statistics, softmax and losses stay float32."""
+    precision: Literal["float32", "bfloat16", "fp8"] = "bfloat16"
+    """Type the matmuls compute in; parameters, router, norm statistics, softmax and losses stay float32. fp8 is the
+    whole recipe of V3 section 3.3: the products of linear layers and experts in FP8, all else in bfloat16, moments in
+    bfloat16 whatever optimizer.moments says, and remat at least up_projections."""
+    float8_scales: Literal["float32", "power_of_two"] = "float32"
+    """Scales of FP8's tiles: amax / 448, or that rounded up to a power of two (UE8M0, V3.1)."""
+    float8_tiles: Literal["fine", "gradient_blocks", "tensor"] = "fine"
+    """Numbers that share a scale in FP8: 128 of a token's or a channel's, 128 x 128 of weights. The others are
+    ablations (V3 appendix B.2): gradients in 128 x 128 as well; one scale for a whole tensor, as a device has it."""
     remat: Literal["none", "up_projections", "block"] = "block"
     """What backward recomputes: nothing; norms, MLA's up-projections and SwiGLU (V3 section 3.2.3), keeping latents,
     attention's output and the inputs of SwiGLU; or everything inside each block."""
@@ -110,6 +117,21 @@ class ModelConfig:
     send it. Nothing is dropped: what does not fit waits for another round."""
     dispatch_once_a_node: bool = True
     """Send a token once to each node it has experts on, and there on to its experts; otherwise once to each expert."""
+
+    @property
+    def dtype(self) -> Literal["float32", "bfloat16"]:
+        """Name of the type of the residual stream, and of products outside of FP8."""
+        return "bfloat16" if self.precision == "fp8" else self.precision
+
+    @property
+    def to_run(self) -> "ModelConfig":
+        """The same model where it is not trained: of FP8's recipe nothing is left but the numbers it led to."""
+        return dataclasses.replace(self, precision=self.dtype)
+
+    @property
+    def recomputed(self) -> Literal["none", "up_projections", "block"]:
+        """`remat`, of which FP8's recipe has at least the norms and MLA's up-projections."""
+        return "up_projections" if self.precision == "fp8" and self.remat == "none" else self.remat
 
     @property
     def moe_layers(self) -> int:
@@ -266,6 +288,11 @@ class Config:
     seed: int = 0
     """Seed of everything random: parameters, data order, sampling."""
 
+    @property
+    def moments(self) -> str:
+        """Name of the type that the optimizer's moments are kept in."""
+        return "bfloat16" if self.model.precision == "fp8" else self.optimizer.moments
+
 
 def check(config: Config) -> None:
     """Refuse a configuration that cannot run.
@@ -274,6 +301,13 @@ def check(config: Config) -> None:
         ConfigError: names the field, its value and what would be right.
     """
     check_model(config.model)
+    for name in ("float8_scales", "float8_tiles"):
+        value, default = getattr(config.model, name), getattr(ModelConfig, name)
+        if config.model.precision != "fp8" and value != default:
+            raise ConfigError(
+                f"model.{name}={value} means nothing with model.precision={config.model.precision}: it needs "
+                "model.precision=fp8"
+            )
     training, data, optimizer, loss = config.training, config.data, config.optimizer, config.loss
     for name in ("tokens", "sequence_length", "batch_size", "microbatches", "log_interval"):
         _at_least(f"training.{name}", getattr(training, name), 1)

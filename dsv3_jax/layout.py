@@ -10,6 +10,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from dsv3_jax.config import Config, MeshConfig, divisors
 from dsv3_jax.inference.placement import check_mesh
+from dsv3_jax.kernels.quantization import TILE
 from dsv3_jax.model.functional import Skeleton, abstract_trees, logical_axes
 from sharding.mesh import ROW_AXES, LayoutError, axis_sizes, make_mesh, one_device, row_shards
 from sharding.rules import check_layout, mesh_axes, named_leaves
@@ -26,6 +27,7 @@ def mesh_of(config: Config, skeleton: Skeleton, devices: Sequence[Any] | None = 
     check_layout(abstract_trees(skeleton)[0], logical_axes(skeleton), mesh)
     _check_batch(config, mesh)
     _check_context(config, mesh)
+    _check_tiles(config, skeleton, mesh)
     return mesh
 
 
@@ -65,6 +67,26 @@ def _check_context(config: Config, mesh: Mesh | AbstractMesh) -> None:
         )
 
 
+def _check_tiles(config: Config, skeleton: Skeleton, mesh: Mesh | AbstractMesh) -> None:
+    """In FP8 a device's part of what tensor parallelism divides is whole tiles: of one that is cut no device would know
+    the largest number. The last tile of a width that is not divided may be shorter."""
+    parts = mesh.shape.get("tensor", 1)
+    if config.model.precision != "fp8" or parts == 1:
+        return
+    for name, shape, axes in named_leaves(abstract_trees(skeleton)[0], logical_axes(skeleton)):
+        for dim, axis in enumerate(axes):
+            if axis not in ("heads", "ffn", "expert_ffn"):
+                continue
+            # Heads and what a head has are one dim of a matrix.
+            numbers = shape[dim] * (shape[dim + 1] if axis == "heads" else 1)
+            if numbers // parts % TILE:
+                works = [count for count in divisors(shape[dim]) if count == 1 or numbers // count % TILE == 0]
+                raise LayoutError(
+                    f"parameter {name}: mesh.tensor={parts} cuts its {axis!r}, {numbers} numbers, within a tile of "
+                    f"{TILE}, which model.precision=fp8 cannot; mesh.tensor may be {', '.join(map(str, works))}"
+                )
+
+
 def describe(config: Config, skeleton: Skeleton, devices: int) -> str:
     """Every parameter's shape, axes, place on the mesh and bytes a device, as a table. Allocates nothing.
 
@@ -78,6 +100,7 @@ def describe(config: Config, skeleton: Skeleton, devices: int) -> str:
     check_layout(shapes, axes, mesh)
     _check_batch(config, mesh)
     _check_context(config, mesh)
+    _check_tiles(config, skeleton, mesh)
     rows, total = [("parameter", "shape", "axes", "a device has", "bytes")], 0
     for name, shape, names in named_leaves(shapes, axes):
         parts = [math.prod(mesh.shape.get(axis, 1) for axis in mesh_axes(logical)) for logical in names]

@@ -42,7 +42,8 @@ def load(
         path: a workdir of train.py (its newest checkpoint), a checkpoint, or a Hugging Face directory.
         mesh: devices to divide the parameters over, as in training, but that only fsdp stores what is not experts in
             pieces; each process reads what its devices hold. None: the first device.
-        dtype: "float32" or "bfloat16", what the matmuls compute in; None: the saved `model.precision`.
+        dtype: "float32" or "bfloat16", what the matmuls compute in; None: the saved `model.precision`, bfloat16 if
+            that is fp8, which is for training.
         weights: "compute": held in that type. "float8": as the blocks of an FP8 checkpoint, in half of bfloat16's
             memory; each matrix becomes `dtype` where it is used, and the results are the same.
 
@@ -58,7 +59,7 @@ def load_opened(
     opened: OpenedModel, *, mesh: Mesh | None = None, dtype: Any = None, weights: Weights = "compute"
 ) -> tuple[Transformer, Config, Tokenizer | None]:
     """`load` of a model that is open already."""
-    config = opened.config if dtype is None else _with_precision(opened.config, dtype)
+    config = _with_precision(opened.config, opened.config.model.dtype if dtype is None else dtype)
     skeleton, mesh = to_run(skeleton_of(config.model)), mesh or one_device()
     check_layout(abstract_trees(skeleton)[0], logical_axes(skeleton), mesh)
     if weights == "float8":

@@ -21,7 +21,7 @@ def added_up(term: Term, count: Array, values: Any, constants: Any) -> Any:
     Args:
         count: int32 scalar.
         values: tree of floating-point arrays; the gradient is in these.
-        constants: tree of integer arrays.
+        constants: tree of arrays without a gradient.
     """
     shapes = jax.eval_shape(term, jnp.int32(0), values, constants)
     start = jax.tree.map(lambda leaf: _zeros(leaf.shape, leaf.dtype, values), shapes)

@@ -5,7 +5,7 @@ experts answer to each token's rows.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,10 +31,11 @@ class PartialPlan(DispatchPlan):
     """Of some of the pairs: the others have row M, and rows past the sum of the group sizes are no rows."""
 
 
-def dispatch(x_ND: Array, weights_NK: Array, experts_NK: Array, experts: int) -> tuple[Array, Array, DispatchPlan]:
+def dispatch(x_ND: Any, weights_NK: Array, experts_NK: Array, experts: int) -> tuple[Any, Array, DispatchPlan]:
     """Copy each token into one row an expert it goes to, rows ordered by expert.
 
-    Returns rows [M, D], the weight of each row [M], and the plan that `combine` needs.
+    x_ND is an array or a tree of arrays. Returns rows [M, D], the weight of each row [M], and the plan that `combine`
+    needs.
     """
     tokens, choices = experts_NK.shape
     flat_M = experts_NK.reshape(-1)
@@ -44,7 +45,12 @@ def dispatch(x_ND: Array, weights_NK: Array, experts_NK: Array, experts: int) ->
     )
     group_sizes_E = jnp.sum(flat_M[:, None] == jnp.arange(experts), axis=0, dtype=jnp.int32)
     plan = DispatchPlan(group_sizes_E, choice_M // choices, choice_M, row_M.reshape(tokens, choices))
-    return spread_rows(x_ND, plan), spread_weights(weights_NK, plan), plan
+    return rows_of_tokens(x_ND, plan), spread_weights(weights_NK, plan), plan
+
+
+def rows_of_tokens(x_ND: Any, plan: DispatchPlan) -> Any:
+    """`spread_rows` of every array."""
+    return jax.tree.map(lambda tokens: spread_rows(tokens, plan), x_ND)
 
 
 def partial_plan(groups_NK: Array, groups: int, rows: int, part: Array | int) -> PartialPlan:

@@ -93,7 +93,7 @@ class Decoded(NamedTuple):
 
 def empty_slots(config: ModelConfig, slots: int, drafts: int, pages: int, page_size: int) -> Slots:
     def pool() -> Array:
-        return jnp.zeros((pages, page_size, config.cache_width), jnp.dtype(config.precision))
+        return jnp.zeros((pages, page_size, config.cache_width), jnp.dtype(config.dtype))
 
     def numbers(*shape: int, dtype: type = jnp.int32) -> Array:
         return jnp.zeros((slots, *shape), dtype)

@@ -78,7 +78,7 @@ def compiled_pieces(
 
 
 def _empty(model: Transformer, drafts: int, batch: int, cache_length: int) -> Prompted:
-    last_B1D = jnp.zeros((batch, 1, model.model.width), jnp.dtype(model.model.precision))
+    last_B1D = jnp.zeros((batch, 1, model.model.width), jnp.dtype(model.model.dtype))
     draft_cache = model.empty_draft_cache(batch, cache_length) if drafts else None
     return Prompted(model.empty_cache(batch, cache_length), draft_cache, last_B1D)
 

@@ -51,7 +51,7 @@ def ready_to_decode(model: Transformer) -> Transformer:
     def cast(array: Array, dtype: jnp.dtype) -> Array:
         return array if array.dtype == dtype else array.astype(dtype)
 
-    model = unstacked(with_inference_types(cast, model, model.model.precision), mesh)
+    model = unstacked(with_inference_types(cast, model, model.model.dtype), mesh)
     return placed(model, mesh) if mesh else model
 
 

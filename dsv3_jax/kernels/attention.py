@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax.kernels import attention_blocks
 from dsv3_jax.kernels.attention_blocks import product
+from dsv3_jax.kernels.e5m6 import Packed, packed, unpacked
 from sharding.collectives import spread_alike
 from sharding.mesh import platform
 
@@ -18,7 +19,13 @@ OUTPUT = "attention"
 
 
 def causal_attention(
-    query_BSHd: Array, key_BSHd: Array, value_BSHV: Array, scale: float, segment_ids_BS: Array | None = None
+    query_BSHd: Array,
+    key_BSHd: Array,
+    value_BSHV: Array,
+    scale: float,
+    segment_ids_BS: Array | None = None,
+    *,
+    in_12_bits: bool = False,
 ) -> Array:
     """Causal attention of rows over themselves.
 
@@ -27,13 +34,14 @@ def causal_attention(
         value_BSHV: its head dim may differ.
         scale: factor on the logits.
         segment_ids_BS: int32; tokens attend only within equal ids. None: the row is one segment.
+        in_12_bits: the result is rounded to E5M6 (e5m6.py), which is what is kept of it for the backward pass.
 
     Returns:
         [B, S, H, V] in the type of the values. Logits and softmax are float32.
     """
     inputs = spread_alike(query_BSHd, key_BSHd, value_BSHV)
     query_BHSd, key_BHSd, value_BHSV = (x.swapaxes(1, 2) for x in inputs)
-    return _causal(query_BHSd, key_BHSd, value_BHSV, segment_ids_BS, scale).swapaxes(1, 2)
+    return _causal(query_BHSd, key_BHSd, value_BHSV, segment_ids_BS, scale, in_12_bits).swapaxes(1, 2)
 
 
 def absorbed_attention(query_BSHX: Array, cache_BTX: Array, rank: int, scale: float, positions_BS: Array) -> Array:
@@ -65,22 +73,39 @@ def absorbed_attention(query_BSHX: Array, cache_BTX: Array, rank: int, scale: fl
 # differentiation would keep S^2 weights a head, or take their maximum and sum again.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _causal(query_BHSd: Array, key_BHSd: Array, value_BHSV: Array, segment_ids_BS: Array | None, scale: float) -> Array:
-    return _forward(query_BHSd, key_BHSd, value_BHSV, segment_ids_BS, scale)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _causal(query_BHSd, key_BHSd, value_BHSV, segment_ids_BS, scale, in_12_bits):
+    return _forward(query_BHSd, key_BHSd, value_BHSV, segment_ids_BS, scale, in_12_bits)[0]
 
 
-def _forward(query_BHSd, key_BHSd, value_BHSV, segment_ids_BS, scale):
+def _forward(query_BHSd, key_BHSd, value_BHSV, segment_ids_BS, scale, in_12_bits):
     inputs = query_BHSd, key_BHSd, value_BHSV, segment_ids_BS
-    output_BHSV, log_sum_BHS = (checkpoint_name(x, OUTPUT) for x in _kernels().forward(*inputs, scale))
-    return output_BHSV, (*inputs, output_BHSV, log_sum_BHS)
+    output_BHSV, log_sum_BHS = _kernels().forward(*inputs, scale)
+    output_BHSV, kept = kept_output(output_BHSV, in_12_bits)
+    return output_BHSV, (*inputs, kept, checkpoint_name(log_sum_BHS, OUTPUT))
 
 
-def _backward(scale, saved, gradient_BHSV):
-    return *_kernels().backward(*saved, gradient_BHSV, scale), None
+def _backward(scale, in_12_bits, saved, gradient_BHSV):
+    *inputs, kept, log_sum_BHS = saved
+    output_BHSV = output_of(kept, gradient_BHSV)
+    return *_kernels().backward(*inputs, output_BHSV, log_sum_BHS, gradient_BHSV, scale), None
 
 
 _causal.defvjp(_forward, _backward)
+
+
+def kept_output(output: Array, in_12_bits: bool) -> tuple[Array, Array | Packed]:
+    """Attention's output as the next layer takes it, and as it is kept for the gradient, named."""
+    if not in_12_bits:
+        output = checkpoint_name(output, OUTPUT)
+        return output, output
+    kept = Packed(*(checkpoint_name(x, OUTPUT) for x in packed(output)))
+    return unpacked(kept, output.shape[-1], output.dtype), kept
+
+
+def output_of(kept: Array | Packed, gradient: Array) -> Array:
+    """The output again; its gradient has its shape and type."""
+    return unpacked(kept, gradient.shape[-1], gradient.dtype) if isinstance(kept, Packed) else kept
 
 
 def _kernels() -> ModuleType:

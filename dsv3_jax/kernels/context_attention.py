@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from dsv3_jax.kernels.attention import OUTPUT
+from dsv3_jax.kernels.attention import OUTPUT, kept_output, output_of
 from sharding.collectives import axis_size, spread_alike, spread_like
 from sharding.context import CONTEXT_AXES, context_chunks
 
@@ -18,6 +18,8 @@ def context_attention(
     value_BTHV: Array,
     scale: float,
     segment_ids: tuple[Array, Array] | None = None,
+    *,
+    in_12_bits: bool = False,
 ) -> Array:
     """Causal attention of this device's two chunks of queries over the keys of whole rows.
 
@@ -26,13 +28,14 @@ def context_attention(
         key_BTHd, value_BTHV: every position, in order.
         scale: factor on the logits.
         segment_ids: int32, of the queries and of the keys; tokens attend only within equal ids.
+        in_12_bits: as of `causal_attention`.
 
     Returns:
         [B, S, H, V] in the type of the values. Logits and softmax are float32.
     """
     inputs = spread_alike(query_BSHd, key_BTHd, value_BTHV)
     query_BHSd, key_BHTd, value_BHTV = (x.swapaxes(1, 2) for x in inputs)
-    return _attention(query_BHSd, key_BHTd, value_BHTV, segment_ids, scale).swapaxes(1, 2)
+    return _attention(query_BHSd, key_BHTd, value_BHTV, segment_ids, scale, in_12_bits).swapaxes(1, 2)
 
 
 # Chunk c sees key blocks 0 .. c, chunk 2n - 1 - c sees 0 .. 2n - 1 - c: on every device 2n + 1 products of a chunk with
@@ -40,12 +43,12 @@ def context_attention(
 # gradient is written out from the logarithm of its denominator (FlashAttention, arXiv 2205.14135).
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attention(query_BHSd, key_BHTd, value_BHTV, segment_ids, scale):
-    return _forward(query_BHSd, key_BHTd, value_BHTV, segment_ids, scale)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attention(query_BHSd, key_BHTd, value_BHTV, segment_ids, scale, in_12_bits):
+    return _forward(query_BHSd, key_BHTd, value_BHTV, segment_ids, scale, in_12_bits)[0]
 
 
-def _forward(query_BHSd, key_BHTd, value_BHTV, segment_ids, scale):
+def _forward(query_BHSd, key_BHTd, value_BHTV, segment_ids, scale, in_12_bits):
     batch, heads, length, _ = query_BHSd.shape
     queries = _chunked(query_BHSd)
     rows = (2, batch, heads, length // 2)
@@ -67,13 +70,14 @@ def _forward(query_BHSd, key_BHTd, value_BHTV, segment_ids, scale):
         return tuple(x.at[mine].set(new) for x, new in zip(carry, updated, strict=True)), None
 
     (largest, total, mixed), _ = jax.lax.scan(product, start, jnp.arange(_steps()))
-    output, log_sum = _joined(mixed / total).astype(value_BHTV.dtype), largest + jnp.log(total)
-    output, log_sum = (checkpoint_name(x, OUTPUT) for x in (output, log_sum))
-    return output, (query_BHSd, key_BHTd, value_BHTV, segment_ids, output, log_sum)
+    output, kept = kept_output(_joined(mixed / total).astype(value_BHTV.dtype), in_12_bits)
+    log_sum = checkpoint_name(largest + jnp.log(total), OUTPUT)
+    return output, (query_BHSd, key_BHTd, value_BHTV, segment_ids, kept, log_sum)
 
 
-def _backward(scale, saved, gradient_BHSV):
-    query_BHSd, key_BHTd, value_BHTV, segment_ids, output_BHSV, log_sum = saved
+def _backward(scale, in_12_bits, saved, gradient_BHSV):
+    query_BHSd, key_BHTd, value_BHTV, segment_ids, kept, log_sum = saved
+    output_BHSV = output_of(kept, gradient_BHSV)
     length = query_BHSd.shape[2]
     queries, gradients = _chunked(query_BHSd), _chunked(gradient_BHSV)
     mean = _chunked(jnp.sum(gradient_BHSV.astype(jnp.float32) * output_BHSV, axis=-1, keepdims=True))

@@ -27,8 +27,14 @@ def grouped_matmul(rows_MD: Array, weights_EDF: Array, group_sizes_E: Array) -> 
     return _grouped_matmul(*spread_alike(rows_MD, weights_EDF), group_sizes_E)
 
 
+def grouped_gradient_of_weights(rows_MD: Array, gradient_MF: Array, group_sizes_E: Array) -> Array:
+    """The transpose of the rows of each group times their gradients: [E, D, F] in the type of the rows."""
+    inputs = spread_alike(rows_MD, gradient_MF, group_sizes_E)
+    return _kernels().gradient_of_weights(*inputs)
+
+
 def _kernels() -> ModuleType:
-    """`product` and `gradients` of the platform that is compiled for."""
+    """`product`, `gradients` and `gradient_of_weights` of the platform that is compiled for."""
     if platform() == "tpu":
         from dsv3_jax.kernels import grouped_matmul_tpu  # Pallas takes a second to import
 

@@ -70,6 +70,32 @@ def gradients(rows_MD: Array, weights_EDF: Array, group_sizes_E: Array, gradient
     return jax.lax.fori_loop(0, weights_EDF.shape[0], body, (rows_MD, weights_EDF))
 
 
+def gradient_of_weights(rows_MD: Array, gradient_MF: Array, group_sizes_E: Array) -> Array:
+    """The part of `gradients` that is the matrices', where the rows' is found otherwise."""
+    count, stop_E = rows_MD.shape[0], jnp.cumsum(group_sizes_E)
+    blocks = _blocks(count, group_sizes_E)
+    shape = group_sizes_E.shape[0], rows_MD.shape[1], gradient_MF.shape[1]
+
+    def body(group, of_weights_EDF):
+        of_weight_DF = spread_like(jnp.zeros(shape[1:], jnp.float32), rows_MD)
+        for height, number_E, start_E in blocks:
+
+            def block(index, of_weight_DF, height=height, begin=start_E[group]):
+                start = begin + index * height
+                first = jnp.minimum(start, count - height)
+                place = first + jnp.arange(height)
+                mine = ((place >= start) & (place < stop_E[group]))[:, None]
+                rows = jax.lax.dynamic_slice_in_dim(rows_MD, first, height)
+                gradient = jnp.where(mine, jax.lax.dynamic_slice_in_dim(gradient_MF, first, height), 0)
+                return of_weight_DF + jnp.matmul(rows.T, gradient, preferred_element_type=jnp.float32)
+
+            of_weight_DF = jax.lax.fori_loop(0, number_E[group], block, of_weight_DF)
+        of_weight_DF = of_weight_DF.astype(rows_MD.dtype)
+        return jax.lax.dynamic_update_index_in_dim(of_weights_EDF, of_weight_DF, group, 0)
+
+    return jax.lax.fori_loop(0, shape[0], body, spread_like(jnp.zeros(shape, rows_MD.dtype), rows_MD))
+
+
 class _Blocks(NamedTuple):
     """A group's blocks of one height, one after the other."""
 

@@ -41,6 +41,11 @@ def gradients(
     return of_rows_MD, _gradient_of_weights(rows_MD, weights_EDF, group_sizes_E, gradient_MF, interpret)
 
 
+def gradient_of_weights(rows_MD: Array, gradient_MF: Array, group_sizes_E: Array, interpret: bool = False) -> Array:
+    matrices = jax.ShapeDtypeStruct((len(group_sizes_E), rows_MD.shape[1], gradient_MF.shape[1]), rows_MD.dtype)
+    return _gradient_of_weights(rows_MD, matrices, group_sizes_E, gradient_MF, interpret)
+
+
 class _Visits(NamedTuple):
     """Which group comes to which tile, visit by visit, and the rows of each group."""
 

@@ -14,6 +14,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.kernels.attention import absorbed_attention, causal_attention
 from dsv3_jax.kernels.context_attention import context_attention
 from dsv3_jax.kernels.long_attention import is_long, long_absorbed_attention
+from dsv3_jax.model import float8_training
 from dsv3_jax.model.cache import Latents, block_multiple, cache_length, read, read_block
 from dsv3_jax.model.layers import RMSNorm, contract, kept, multiplied, parameter, whole
 from dsv3_jax.model.rope import Rotation, rotate, softmax_scale
@@ -43,7 +44,8 @@ class MultiHeadLatentAttention(nnx.Module):
             std,
         )
         self.output = parameter(rngs, (heads, model.value_head_dim, width), ("heads", "value_dim", "width"), std)
-        self.dtype = jnp.dtype(model.precision)
+        self.dtype = jnp.dtype(model.dtype)
+        self.recipe = float8_training.recipe_of(model)
         self.model = model
 
     def __call__(self, x_BSD: Array, by: Rotation, segment_ids_BS: Array | None) -> tuple[Array, Array]:
@@ -62,12 +64,14 @@ class MultiHeadLatentAttention(nnx.Module):
         key_nope_BTHP, value_BTHV = jnp.split(key_value_BTHd, [nope], axis=-1)
         key_rope_BTHR = jnp.broadcast_to(key_rope_BTR[:, :, None], (*key_nope_BTHP.shape[:3], self.model.rope_head_dim))
         key_BTHd = jnp.concatenate([key_nope_BTHP, key_rope_BTHR], axis=-1)
-        scale = softmax_scale(self.model)
+        scale, in_12_bits = softmax_scale(self.model), self.recipe is not None
         if axis_size(CONTEXT_AXES) == 1:
-            mixed_BSHV = causal_attention(query_BSHd, key_BTHd, value_BTHV, scale, segment_ids_BS)
+            mixed_BSHV = causal_attention(
+                query_BSHd, key_BTHd, value_BTHV, scale, segment_ids_BS, in_12_bits=in_12_bits
+            )
         else:
             segment_ids = None if segment_ids_BS is None else (segment_ids_BS, context_whole(segment_ids_BS))
-            mixed_BSHV = context_attention(query_BSHd, key_BTHd, value_BTHV, scale, segment_ids)
+            mixed_BSHV = context_attention(query_BSHd, key_BTHd, value_BTHV, scale, segment_ids, in_12_bits=in_12_bits)
         return self._output(mixed_BSHV), latent_BSX
 
     def decode(self, x_BSD: Array, by: Rotation, cache: Latents, positions_BS: Array) -> Array:
@@ -166,9 +170,11 @@ class MultiHeadLatentAttention(nnx.Module):
 
     def _output(self, mixed_BSHV: Array) -> Array:
         """[B, S, D], summed over the heads of every device."""
-        return summed(self._contract("bshv,hvd->bsd", mixed_BSHV, self.output), TENSOR_AXES)
+        return summed(self._contract("bshv,hvd->bsd", mixed_BSHV, self.output, keep_values=True), TENSOR_AXES)
 
-    def _contract(self, equation: str, left: Array, right: nnx.Variable) -> Array:
+    def _contract(self, equation: str, left: Array, right: nnx.Variable, keep_values: bool = False) -> Array:
+        if self.recipe:
+            return float8_training.linear(equation, left, right, self.recipe, keep_values=keep_values)
         return multiplied(equation, left, right, self.dtype)
 
 

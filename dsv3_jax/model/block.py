@@ -1,6 +1,5 @@
 """One transformer block: attention, then a feed-forward network or experts, each behind a norm (V3 figure 2)."""
 
-import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
@@ -24,8 +23,7 @@ class Block(nnx.Module):
         self.feed_forward_norm = RMSNorm(model.width, model.norm_epsilon)
         self.feed_forward: FeedForward | MixtureOfExperts
         if dense:
-            dtype = jnp.dtype(model.precision)
-            self.feed_forward = FeedForward(model.width, model.dense_ffn_width, model.initializer_std, dtype, rngs)
+            self.feed_forward = FeedForward(model, model.dense_ffn_width, rngs)
         else:
             self.feed_forward = MixtureOfExperts(model, rngs)
         self.model = model

@@ -10,8 +10,11 @@ from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
+from dsv3_jax.config import ModelConfig
 from dsv3_jax.kernels import attention
+from dsv3_jax.kernels.float8_linear import SWIGLU_INPUT
 from dsv3_jax.kernels.float8_matmul import float8_matmul
+from dsv3_jax.model import float8_training
 from dsv3_jax.model.float8 import Float8Blocks
 from sharding.collectives import gathered, present
 from sharding.mesh import platform
@@ -20,7 +23,7 @@ from sharding.rules import stored_dim
 M = TypeVar("M", bound=nnx.Module)
 
 Remat = Literal["none", "up_projections", "block"]
-KEPT = (attention.OUTPUT, "latent", "attended", "swiglu_input", "mtp")
+KEPT = (attention.OUTPUT, "latent", "attended", SWIGLU_INPUT, "mtp")
 """What the backward pass does not recompute with remat "up_projections", by the names given to `kept`."""
 
 
@@ -121,14 +124,18 @@ class FeedForward(nnx.Module):
     The result is a sum over this device's part of F: the caller adds those of the other devices (TENSOR_AXES).
     """
 
-    def __init__(self, width: int, hidden: int, std: float, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, model: ModelConfig, hidden: int, rngs: nnx.Rngs):
+        width, std = model.width, model.initializer_std
         self.gate_up = parameter(rngs, (width, 2, hidden), ("width", "gate_up", "ffn"), std)
         self.down = parameter(rngs, (hidden, width), ("ffn", "width"), std)
-        self.dtype = dtype
+        self.dtype = jnp.dtype(model.dtype)
+        self.recipe = float8_training.recipe_of(model)
 
     def __call__(self, x_BSD: Array) -> Array:
+        if self.recipe:
+            return float8_training.feed_forward(x_BSD, self.gate_up, self.down, self.recipe)
         gate_and_up = multiplied("bsd,dcf->bscf", x_BSD, self.gate_up, self.dtype)
-        gate_and_up = kept(gate_and_up, "swiglu_input")
+        gate_and_up = kept(gate_and_up, SWIGLU_INPUT)
         return multiplied("bsf,fd->bsd", swiglu(gate_and_up), self.down, self.dtype)
 
 

@@ -1,5 +1,6 @@
 """DeepSeekMoE: route, dispatch, experts, combine, plus the shared expert (DeepSeekMoE section 3, V3 section 2.1.2)."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.kernels.float8_matmul import float8_matmul
 from dsv3_jax.kernels.grouped_matmul import grouped_matmul
 from dsv3_jax.kernels.weighted_swiglu import weighted_swiglu
+from dsv3_jax.model import float8_training
 from dsv3_jax.model.float8 import Float8Blocks
 from dsv3_jax.model.layers import FeedForward, contract, held, kept, parameter
 from dsv3_jax.model.router import Router, Routing, balance_loss, expert_load
@@ -45,10 +47,17 @@ class Experts(nnx.Module):
         shape, hidden, std = (model.experts, model.width), model.expert_ffn_width, model.initializer_std
         self.gate_up = parameter(rngs, (*shape, 2, hidden), ("experts", "expert_width", "gate_up", "expert_ffn"), std)
         self.down = parameter(rngs, (shape[0], hidden, shape[1]), ("experts", "expert_ffn", "expert_width"), std)
-        self.dtype = jnp.dtype(model.precision)
+        self.dtype = jnp.dtype(model.dtype)
+        self.recipe = float8_training.recipe_of(model)
 
     def matrices(self) -> tuple[Any, Any]:
-        """gate_up [e, D, 2, F] and down [e, F, D] of this device's e experts, in the compute type or `held` in FP8."""
+        """gate_up [e, D, 2, F] and down [e, F, D] of this device's e experts, in the compute type or `held` in FP8.
+
+        Trained in FP8: encoded, gate beside up, as `float8_training.answered` takes them.
+        """
+        if self.recipe:
+            gate_up, down = (float8_training.encoded_matrices(one, 1, self.recipe) for one in (self.gate_up, self.down))
+            return gate_up, down
         return held(self.gate_up, self.dtype), held(self.down, self.dtype)
 
 
@@ -101,9 +110,7 @@ class MixtureOfExperts(nnx.Module):
         self.router = Router(model, rngs)
         self.experts = Experts(model, rngs)
         if model.shared_experts:
-            shared_width = model.shared_experts * model.expert_ffn_width
-            dtype = jnp.dtype(model.precision)
-            self.shared = FeedForward(model.width, shared_width, model.initializer_std, dtype, rngs)
+            self.shared = FeedForward(model, model.shared_experts * model.expert_ffn_width, rngs)
         self.model = model
 
     def __call__(self, x_BSD: Array) -> tuple[Array, Routing]:
@@ -122,8 +129,8 @@ class MixtureOfExperts(nnx.Module):
         return out_BSD, routing
 
     def _routed(self, x_ND: Array, weights_NK: Array, experts_NK: Array) -> Array:
-        model, matrices = self.model, self.experts.matrices()
-        if len(x_ND) <= FEW_TOKENS and axis_size(EXPERT_AXES) == 1 and platform() == "cpu":
+        model, matrices, recipe = self.model, self.experts.matrices(), self.experts.recipe
+        if len(x_ND) <= FEW_TOKENS and axis_size(EXPERT_AXES) == 1 and platform() == "cpu" and recipe is None:
             return answered_one_by_one(matrices, x_ND, weights_NK, experts_NK)
         routes = Routes(
             model.experts,
@@ -132,4 +139,9 @@ class MixtureOfExperts(nnx.Module):
             model.dispatch_factor,
             model.dispatch_once_a_node,
         )
-        return through_experts(answered, matrices, x_ND, weights_NK, experts_NK, routes)
+        if recipe is None:
+            return through_experts(answered, matrices, x_ND, weights_NK, experts_NK, routes)
+        routes = routes._replace(wire=float8_training.wire(model.width, x_ND.dtype, recipe))
+        in_float8 = functools.partial(float8_training.answered, recipe)
+        rows_ND = float8_training.rows_for_experts(x_ND, recipe)
+        return through_experts(in_float8, matrices, rows_ND, weights_NK, experts_NK, routes)

@@ -6,6 +6,7 @@ from flax import nnx
 from jax import Array
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.model import float8_training
 from dsv3_jax.model.block import Block
 from dsv3_jax.model.cache import Latents
 from dsv3_jax.model.layers import RMSNorm, contract, kept, parameter, recomputed, whole
@@ -48,7 +49,7 @@ class MultiTokenPrediction(nnx.Module):
             return module.norm(kept(x_BSD, "mtp")), statistics
 
         structure, state = nnx.split(self)
-        return recomputed(lambda state, *inputs: predict(nnx.merge(structure, state), *inputs), self.model.remat)(
+        return recomputed(lambda state, *inputs: predict(nnx.merge(structure, state), *inputs), self.model.recomputed)(
             state, hidden_BSD, embedded_BSD
         )
 
@@ -72,5 +73,7 @@ class MultiTokenPrediction(nnx.Module):
         Embedding first: the released weights do so, against the order printed in equation 21.
         """
         both = jnp.concatenate([self.embedding_norm(embedded_BSD), self.hidden_norm(hidden_BSD)], axis=-1)
-        dtype = jnp.dtype(self.model.precision)
+        dtype, recipe = jnp.dtype(self.model.dtype), float8_training.recipe_of(self.model)
+        if recipe:
+            return kept(float8_training.linear("bsd,de->bse", both, self.projection, recipe), "mtp")
         return kept(contract("bsd,de->bse", both, whole(self.projection, dtype), dtype), "mtp")

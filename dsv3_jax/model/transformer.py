@@ -84,7 +84,7 @@ class Transformer(nnx.Module):
 
         x_BSD, statistics = self.embed(tokens_BS), None
         for blocks in self.stacks():
-            x_BSD, statistics = scan_stack(blocks, body, x_BSD, remat=self.model.remat)
+            x_BSD, statistics = scan_stack(blocks, body, x_BSD, remat=self.model.recomputed)
         return x_BSD, statistics
 
     def mtp_states(
@@ -171,11 +171,11 @@ class Transformer(nnx.Module):
 
     def empty_draft_cache(self, batch: int, length: int) -> Array:
         """As `empty_cache`, of the first MTP module: [B, T, C + R]."""
-        return jnp.zeros((batch, length, self.model.cache_width), jnp.dtype(self.model.precision))
+        return jnp.zeros((batch, length, self.model.cache_width), jnp.dtype(self.model.dtype))
 
     def empty_cache(self, batch: int, length: int) -> Cache:
         """Each token's normed latent and rotated key a layer, C + R numbers in the compute type, nothing else."""
-        shape, dtype = (batch, length, self.model.cache_width), jnp.dtype(self.model.precision)
+        shape, dtype = (batch, length, self.model.cache_width), jnp.dtype(self.model.dtype)
         counts = [count for count in (self.model.dense_layers, self.model.moe_layers) if count]
         return [
             [jnp.zeros(shape, dtype) for _ in range(count)]
@@ -194,7 +194,7 @@ class Transformer(nnx.Module):
 
     def embed(self, tokens_BS: Array) -> Array:
         """The residual stream's first value, [B, S, D]."""
-        dtype, table_WD = jnp.dtype(self.model.precision), self.embedding[...]
+        dtype, table_WD = jnp.dtype(self.model.dtype), self.embedding[...]
         stored = stored_dim(self.embedding.get_metadata("logical_axes"))
         stored_axes = stored.axes if stored else ()
         if axis_size(TENSOR_AXES) == 1:
@@ -207,7 +207,7 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden_BSD: Array) -> Array:
         """Head on normed hidden states: float32 [B, S, W]."""
-        dtype = jnp.dtype(self.model.precision)
+        dtype = jnp.dtype(self.model.dtype)
         return contract("bsd,dw->bsw", hidden_BSD, whole(self.head, dtype), dtype, jnp.dtype(jnp.float32))
 
     def stacks(self) -> list[Block]:

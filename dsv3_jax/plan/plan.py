@@ -190,7 +190,7 @@ def _bytes_of_experts(work: Work) -> float:
     """What a device holds of the routed experts where nothing is trained; scales of FP8 are not counted."""
     model = work.config.model
     numbers = 3 * model.width * model.expert_ffn_width * model.experts * (model.moe_layers + model.mtp_depth)
-    size = 1 if work.weights == "float8" else jnp.dtype(model.precision).itemsize
+    size = 1 if work.weights == "float8" else jnp.dtype(model.dtype).itemsize
     return size * numbers / math.prod(work.mesh.shape.get(axis, 1) for axis in (*EXPERT_AXES, *TENSOR_AXES))
 
 

@@ -46,7 +46,7 @@ def make_evaluate(config: Config, skeleton: Skeleton, mesh: Mesh) -> Callable[[T
         hidden_BSD, _ = model.hidden_states(tokens_BS, positions_BS, isolated_BS)
         loss = cross_entropy(
             model.norm(hidden_BSD).reshape(-1, config.model.width),
-            whole(model.head, jnp.dtype(config.model.precision)),
+            whole(model.head, jnp.dtype(config.model.dtype)),
             ahead.following.reshape(-1),
             ahead.counted.reshape(-1),
         )

@@ -97,7 +97,7 @@ def measured_matmul_rate(model: ModelConfig, tokens: int) -> float:
         matmuls = linear.stored if linear.used < linear.stored else linear.used
         calls[rows, linear.inputs, linear.outputs] += matmuls
     flops = sum(2.0 * rows * inputs * outputs * count for (rows, inputs, outputs), count in calls.items())
-    return flops / sum(count * _matmul_seconds(shape, model.precision) for shape, count in calls.items())
+    return flops / sum(count * _matmul_seconds(shape, model.dtype) for shape, count in calls.items())
 
 
 def main_linears(model: ModelConfig) -> list[Linear]:

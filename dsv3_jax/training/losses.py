@@ -87,7 +87,7 @@ def loss_sums(model: Transformer, batch: Batch, *, isolate_documents: bool) -> t
         hidden_BSD, ahead.following[..., :-1], positions_BS, segment_ids_BS, ahead.counted[..., 1:]
     )
 
-    head_DW = whole(model.head, jnp.dtype(config.precision))
+    head_DW = whole(model.head, jnp.dtype(config.dtype))
 
     def token_loss(normed_BSD: Array, depth: int) -> Array:
         return cross_entropy(

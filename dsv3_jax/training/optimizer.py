@@ -14,7 +14,7 @@ def adamw(config: Config, skeleton: Skeleton) -> optax.GradientTransformation:
     options = config.optimizer
     adam = optax.scale_by_adam(b1=options.beta1, b2=options.beta2, eps=options.epsilon)
     return optax.chain(
-        _moments_kept_in(jnp.dtype(options.moments), adam),
+        _moments_kept_in(jnp.dtype(config.moments), adam),
         optax.add_decayed_weights(options.weight_decay, _decayed(skeleton)),
         optax.scale_by_learning_rate(lambda step: learning_rate(step, options, config.training.steps)),
     )

@@ -15,7 +15,7 @@ from dsv3_jax.data.pipeline import validation_bytes
 from dsv3_jax.files import write_atomically
 from dsv3_jax.inference.completion import Completion, complete
 from dsv3_jax.inference.sampling import Sampling
-from dsv3_jax.model.functional import Skeleton, put_together
+from dsv3_jax.model.functional import Skeleton, put_together, skeleton_of
 from dsv3_jax.training.compression import bits_per_byte
 from dsv3_jax.training.evaluation import Evaluation
 from dsv3_jax.training.flops import model_flops_per_token, parameter_counts
@@ -111,7 +111,7 @@ def held_out_prompt(corpus: Corpus) -> str:
 def sample(run: Run, state: TrainState, prompt: str) -> Completion:
     # On one device, wherever the parameters were: a sample is one short row.
     trees = jax.device_put((state.parameters, state.router_bias), jax.local_devices()[0])
-    model = put_together(run.skeleton, *trees)
+    model = put_together(skeleton_of(run.config.model.to_run), *trees)
     (completion,) = complete(
         model, run.tokenizer, [prompt], Sampling(seed=run.config.seed), run.config.training.sample_tokens
     )

@@ -45,6 +45,8 @@ FREE_ON_INIT = frozenset(
         "model.maximum_positions",
         "model.initializer_std",
         "model.precision",
+        "model.float8_scales",
+        "model.float8_tiles",
         "model.remat",
         "model.dispatch_factor",
         "model.dispatch_once_a_node",

@@ -1,0 +1,62 @@
+"""The three products of a linear layer in FP8, of rows sorted by group and a matrix a group.
+
+A partial sum over each 128 of what is summed over is multiplied by the scales of its two tiles, then added up in
+float32 (V3 section 3.3.2). A dense layer is one group. Where nothing multiplies FP8, as on a CPU, the operands are
+first multiplied by their scales: the same but for float32's rounding.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from dsv3_jax.kernels.grouped_matmul import grouped_gradient_of_weights, grouped_matmul
+from dsv3_jax.kernels.quantization import Scaled, blocks_of, columns_of, rows_of
+
+
+def multiplies_float8() -> bool:
+    """Whether the products below are of FP8 on the chip that is compiled for."""
+    return False
+
+
+def grouped_product(rows: Scaled, weights: Scaled, group_sizes_E: Array, dtype: jnp.dtype) -> Array:
+    """rows of group e times weights[e]: [M, F] in `dtype`.
+
+    Args:
+        rows: codes [M, D], scales [M, ceil(D / 128)]; those past the sum of the sizes are no rows, and their results
+            mean nothing.
+        weights: codes [E, D, F], scales [E, ceil(D / 128), ceil(F / 128)].
+        group_sizes_E: int32, any of them 0.
+    """
+    return _multiplied(rows_of(rows), blocks_of(weights), group_sizes_E).astype(dtype)
+
+
+def grouped_input_gradient(gradient: Scaled, weights: Scaled, group_sizes_E: Array, dtype: jnp.dtype) -> Array:
+    """Gradient rows of group e times the transpose of weights[e]: [M, D] in `dtype`.
+
+    Args:
+        gradient: codes [M, F], scales [M, ceil(F / 128)].
+        weights, group_sizes_E: as in `grouped_product`.
+    """
+    return _multiplied(rows_of(gradient), blocks_of(weights).swapaxes(1, 2), group_sizes_E).astype(dtype)
+
+
+def grouped_weight_gradient(rows: Scaled, gradient: Scaled, group_sizes_E: Array, tile_of_row_M: Array) -> Array:
+    """The transpose of the rows of group e times their gradients: float32 [E, D, F].
+
+    Args:
+        rows: codes [M, D], scales [T, D], one for a channel's numbers in a tile of 128 rows of one group.
+        gradient: codes [M, F], scales [T, F].
+        group_sizes_E: as in `grouped_product`.
+        tile_of_row_M: int32 tile of each row, rising with the rows (`quantization.token_tiles`).
+    """
+    is_row_M1 = (jnp.arange(len(tile_of_row_M)) < group_sizes_E.sum())[:, None]
+    left_MD, right_MF = (jnp.where(is_row_M1, columns_of(each, tile_of_row_M), 0) for each in (rows, gradient))
+    if len(group_sizes_E) > 1:
+        return grouped_gradient_of_weights(left_MD, right_MF, group_sizes_E)
+    return jnp.matmul(left_MD.T, right_MF, precision=jax.lax.Precision.HIGHEST)[None]
+
+
+def _multiplied(rows_MD: Array, weights_EDF: Array, group_sizes_E: Array) -> Array:
+    if len(weights_EDF) > 1:
+        return grouped_matmul(rows_MD, weights_EDF, group_sizes_E)
+    return jnp.matmul(rows_MD, weights_EDF[0], precision=jax.lax.Precision.HIGHEST)
