@@ -47,6 +47,14 @@ TINY = ModelConfig(
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs_are_let_go():
+    """A program of XLA:CPU holds some of the 65,530 memory maps that Linux grants a process; compiling beyond them
+    ends it with a segmentation fault. All modules together have more."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def tiny_model() -> Callable[..., ModelConfig]:
     """`tiny_model(**changes)`: every part of the architecture, no two dims equal that could be confused."""
