@@ -5,7 +5,8 @@ python -m benchmarks.float8_loss [--folder=runs/float8_loss] [--seeds=0,1,2] [--
 Trains `--config=tiny` once for each variant and seed, with any further options of train.py, and compares. A run that is
 done is not made again and one that was stopped goes on, so seeds and variants can be added one after the other; what is
 there of all variants is compared. As in the paper losses are smoothed, by an exponential moving average of 0.9, and the
-difference is relative: its mean over the second half of the steps, and its largest magnitude there.
+difference is relative: its mean over the second half of the steps, and its largest magnitude there. By how much float32
+differs is what any rounding does to a run as short as this one.
 
 Writes FOLDER/float8_loss.csv, a line a variant and seed, and FOLDER/float8_loss.png.
 """
@@ -28,6 +29,7 @@ import matplotlib.pyplot as plt
 BASELINE = "bf16"
 VARIANTS = {
     BASELINE: ["--model.precision=bfloat16"],
+    "float32": ["--model.precision=float32"],
     "fp8": ["--model.precision=fp8"],
     "fp8-power-of-two": ["--model.precision=fp8", "--model.float8_scales=power_of_two"],
     "fp8-tensor": ["--model.precision=fp8", "--model.float8_tiles=tensor"],

@@ -42,7 +42,7 @@ def gradients(
 
 
 def gradient_of_weights(rows_MD: Array, gradient_MF: Array, group_sizes_E: Array, interpret: bool = False) -> Array:
-    matrices = jax.ShapeDtypeStruct((len(group_sizes_E), rows_MD.shape[1], gradient_MF.shape[1]), rows_MD.dtype)
+    matrices = jnp.zeros((len(group_sizes_E), rows_MD.shape[1], gradient_MF.shape[1]), rows_MD.dtype)  # never read
     return _gradient_of_weights(rows_MD, matrices, group_sizes_E, gradient_MF, interpret)
 
 

@@ -42,7 +42,7 @@ def test_a_number_is_kept_as_the_nearest_of_the_format_in_one_and_a_half_bytes(s
     wanted = np.concatenate([codes >> 4, lower[:, :half] << 4 | lower[:, half:]], axis=1)
     np.testing.assert_array_equal(kept.bytes, wanted)
     values = np.where(codes >> 11, -1, 1) * POSITIVE[codes & 0x7FF]
-    scales = np.repeat(kept.scales.astype(np.float64), 128, axis=1)[:, :size]
+    scales = np.repeat(np.asarray(kept.scales, np.float64), 128, axis=1)[:, :size]
     np.testing.assert_array_equal(unpacked(kept, size, jnp.float32), values * scales)
     # Kept once more, and in bfloat16, it is the same.
     again = unpacked(packed(unpacked(kept, size, jnp.bfloat16)), size, jnp.bfloat16)

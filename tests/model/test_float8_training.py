@@ -1,10 +1,13 @@
 """One mixture of experts trained in FP8: against numpy on one device, and on eight devices against one."""
 
+import collections
 import dataclasses
 import functools
+import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -131,3 +134,27 @@ def test_eight_devices_are_one(sizes, same_tiles, mesh_with):
         name = jax.tree_util.keystr(path)
         other = functools.reduce(lambda tree, key: tree[key.key], path, of_eight)
         assert _relative(other, gradient) < (1e-3 if same_tiles or "experts" not in name else 0.05), name
+
+
+def test_rows_and_their_gradients_go_to_experts_as_bytes_and_come_back_in_bfloat16(mesh_with):
+    """Forward one way and back; backward the rows once more, the gradient one way, that of the rows back."""
+    model = dataclasses.replace(TINY, **CHANGES | {"width": 256})
+    mesh, tokens = mesh_with(data=1, expert=2), 64
+    structure, state = nnx.split(nnx.eval_shape(lambda: MixtureOfExperts(model, nnx.Rngs(0))))
+
+    def of_device(state, x_BSD):
+        out_BSD, transpose = jax.vjp(lambda x_BSD: nnx.merge(structure, state)(x_BSD)[0], x_BSD)
+        return out_BSD, transpose(out_BSD)[0]
+
+    def spec(variable: nnx.Variable) -> nnx.Variable:
+        return variable.replace(partition_specs(variable.get_metadata("logical_axes"), mesh))
+
+    specs = jax.tree.map(spec, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    step = jax.jit(on_mesh(of_device, mesh, (specs, row_spec(mesh)), row_spec(mesh)))
+    x_BSD = jax.ShapeDtypeStruct((2, tokens, model.width), jnp.bfloat16)
+    text = step.lower(state, x_BSD).as_text()
+    sent = re.findall(r'"stablehlo.all_to_all".*-> tensor<(\w+)>', text)
+    bucket = model.experts_per_token * tokens // 2
+    # Of a row 256 codes, and a byte for each of its two scales, filled up to 128; or 256 numbers of two bytes. Each
+    # row's weight goes along, and its gradient comes back.
+    assert collections.Counter(sent) == {f"2x{bucket}x3x128xui8": 3, f"2x{bucket}x2x128xbf16": 2, f"2x{bucket}xf32": 3}
