@@ -24,7 +24,6 @@ from dsv3_jax.data.corpus import Corpus, open_corpus
 from dsv3_jax.data.pipeline import TrainingBatches, validation_batches
 from dsv3_jax.data.tokenizer import load_tokenizer, tokenizer_from, train_tokenizer, training_texts
 from dsv3_jax.files import write_atomically
-from dsv3_jax.kernels.scaled_matmul import multiplies_float8
 from dsv3_jax.layout import describe, mesh_of
 from dsv3_jax.loading import tokenizer_of
 from dsv3_jax.model.functional import Skeleton, skeleton_of
@@ -63,7 +62,7 @@ def train(arguments: TrainArguments, interrupted: Callable[[], bool]) -> None:
             return
     skeleton = skeleton_of(config.model)
     mesh = mesh_of(config, skeleton)
-    note_float8(config, mesh)
+    note_float8(config)
     corpus = open_corpus(config.data)
     documents = f"{len(corpus.train)} documents to train on, {len(corpus.validation)} held out"
     note(f"corpus {config.data.path}: {documents}")
@@ -108,15 +107,15 @@ def train(arguments: TrainArguments, interrupted: Callable[[], bool]) -> None:
             resource.close()
     evaluation = validate(result.state)
     if first:
-        write_report(Run(config, workdir, corpus, tokenizer, skeleton), result, evaluation, rate)
+        write_report(Run(config, workdir, corpus, tokenizer), result, evaluation, rate)
 
 
-def note_float8(config: Config, mesh: Mesh) -> None:
-    """Says what happens instead where nothing multiplies FP8."""
-    if config.model.precision == "fp8" and not multiplies_float8():
+def note_float8(config: Config) -> None:
+    """Says what happens instead of products of FP8 (kernels/scaled_matmul.py)."""
+    if config.model.precision == "fp8":
         note(
-            f"model.precision=fp8: a {mesh.devices.flat[0].device_kind} does not multiply FP8. Numbers are rounded to "
-            "FP8 as the recipe says and multiplied in float32: it learns as it would in FP8, no faster than in float32"
+            "model.precision=fp8: there are no products of FP8 yet, on any device. Numbers are rounded to FP8 as the "
+            "recipe says and multiplied in float32: it learns as it would in FP8, no faster than in float32"
         )
 
 

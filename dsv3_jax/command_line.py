@@ -26,7 +26,8 @@ from typing import Annotated, Any, NoReturn, TypeVar
 import tyro
 
 import configs
-from dsv3_jax.config import Config, check
+from dsv3_jax.config import Config
+from dsv3_jax.config_checks import check
 from dsv3_jax.errors import ArgumentError, UserError
 from dsv3_jax.processes import ProcessArguments, end_process, leave_processes, several_processes
 from sharding.mesh import LayoutError

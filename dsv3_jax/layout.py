@@ -8,7 +8,8 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, Mesh
 
-from dsv3_jax.config import Config, MeshConfig, divisors
+from dsv3_jax.config import Config, MeshConfig
+from dsv3_jax.config_checks import divisors
 from dsv3_jax.inference.placement import check_mesh
 from dsv3_jax.kernels.quantization import TILE
 from dsv3_jax.model.functional import Skeleton, abstract_trees, logical_axes
@@ -24,10 +25,7 @@ def mesh_of(config: Config, skeleton: Skeleton, devices: Sequence[Any] | None = 
     """
     devices = jax.devices() if devices is None else devices
     mesh = make_mesh(axis_sizes(dataclasses.asdict(config.mesh), len(devices)), devices)
-    check_layout(abstract_trees(skeleton)[0], logical_axes(skeleton), mesh)
-    _check_batch(config, mesh)
-    _check_context(config, mesh)
-    _check_tiles(config, skeleton, mesh)
+    _check(config, skeleton, mesh)
     return mesh
 
 
@@ -45,6 +43,13 @@ def mesh_to_run(requested: MeshConfig, devices: Sequence[Any] | None = None) -> 
     mesh = make_mesh(axis_sizes(sizes, len(devices)), devices)
     check_mesh(mesh)
     return mesh
+
+
+def _check(config: Config, skeleton: Skeleton, mesh: Mesh | AbstractMesh) -> None:
+    check_layout(abstract_trees(skeleton)[0], logical_axes(skeleton), mesh)
+    _check_batch(config, mesh)
+    _check_context(config, mesh)
+    _check_tiles(config, skeleton, mesh)
 
 
 def _check_batch(config: Config, mesh: Mesh | AbstractMesh) -> None:
@@ -97,10 +102,7 @@ def describe(config: Config, skeleton: Skeleton, devices: int) -> str:
     """
     mesh = _imagined_mesh(config, devices)
     shapes, axes = abstract_trees(skeleton)[0], logical_axes(skeleton)
-    check_layout(shapes, axes, mesh)
-    _check_batch(config, mesh)
-    _check_context(config, mesh)
-    _check_tiles(config, skeleton, mesh)
+    _check(config, skeleton, mesh)
     rows, total = [("parameter", "shape", "axes", "a device has", "bytes")], 0
     for name, shape, names in named_leaves(shapes, axes):
         parts = [math.prod(mesh.shape.get(axis, 1) for axis in mesh_axes(logical)) for logical in names]

@@ -10,7 +10,8 @@ import pytest
 
 from configs.tiny import config as tiny
 from dsv3_jax.command_line import config_names
-from dsv3_jax.config import Config, ConfigError, check, check_model, divisors, from_json, to_json
+from dsv3_jax.config import Config, ConfigError, from_json, to_json
+from dsv3_jax.config_checks import check, check_model, divisors
 
 
 def _changed(changes: dict[str, Any]) -> Config:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsv3_jax.config import ConfigError, ModelConfig, check_model
+from dsv3_jax.config import ConfigError, ModelConfig
+from dsv3_jax.config_checks import check_model
 from dsv3_jax.convert.hf_config_export import hugging_face_config
 from dsv3_jax.convert.hf_fields import (
     BLOCK,

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from dsv3_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig, check
+from dsv3_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from dsv3_jax.config_checks import check
 from dsv3_jax.convert.directory import HuggingFaceDirectory, is_hugging_face
 from dsv3_jax.convert.inventory import Inventory, check_values, opened_inventory
 from dsv3_jax.convert.parameters import Tree, read_parameters

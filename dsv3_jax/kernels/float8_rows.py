@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from dsv3_jax.kernels.quantization import TILE, Recipe, Scaled, quantized_rows, rows_of
+from dsv3_jax.kernels.quantization import SMALLEST_AMAX, TILE, Recipe, Scaled, quantized_rows, rows_of
 
 
-def packed_rows(x_MD: Array, recipe: Recipe) -> Array:
+def packed_rows(x_MD: Array, recipe: Recipe, smallest: float = SMALLEST_AMAX) -> Array:
     """uint8 [M, D + ceil(D / 128)] of rows quantised in tiles of 1 x 128; a multiple of 128 bytes if D is one."""
-    codes, scales = quantized_rows(x_MD, recipe._replace(scales="power_of_two"))
+    codes, scales = quantized_rows(x_MD, recipe._replace(scales="power_of_two"), smallest)
     exponents = (jax.lax.bitcast_convert_type(scales, jnp.int32) >> 23).astype(jnp.uint8)
     missing = 0 if codes.shape[1] % TILE else -scales.shape[1] % TILE
     codes = jax.lax.bitcast_convert_type(codes, jnp.uint8)

@@ -42,8 +42,7 @@ def gradients(rows_MD: Array, weights_EDF: Array, group_sizes_E: Array, gradient
 
     Gradients in arrays of their own would cost a pass over memory to zero them first.
     """
-    count, stop_E = rows_MD.shape[0], jnp.cumsum(group_sizes_E)
-    blocks = _blocks(count, group_sizes_E)
+    blocks, stop_E = _blocks(rows_MD.shape[0], group_sizes_E), jnp.cumsum(group_sizes_E)
 
     def body(group, carry):
         rows_MD, weights_EDF = carry
@@ -53,12 +52,7 @@ def gradients(rows_MD: Array, weights_EDF: Array, group_sizes_E: Array, gradient
 
             def block(index, carry, height=height, begin=start_E[group]):
                 rows_MD, of_weight_DF = carry
-                start = begin + index * height
-                first = jnp.minimum(start, count - height)
-                place = first + jnp.arange(height)
-                mine = ((place >= start) & (place < stop_E[group]))[:, None]
-                rows = jax.lax.dynamic_slice_in_dim(rows_MD, first, height)
-                gradient = jnp.where(mine, jax.lax.dynamic_slice_in_dim(gradient_MF, first, height), 0)
+                first, mine, rows, gradient = _cut(rows_MD, gradient_MF, begin + index * height, height, stop_E[group])
                 of_weight_DF += jnp.matmul(rows.T, gradient, preferred_element_type=jnp.float32)
                 of_rows = jnp.where(mine, gradient @ weight_DF.T, rows)
                 return jax.lax.dynamic_update_slice_in_dim(rows_MD, of_rows, first, 0), of_weight_DF
@@ -71,9 +65,7 @@ def gradients(rows_MD: Array, weights_EDF: Array, group_sizes_E: Array, gradient
 
 
 def gradient_of_weights(rows_MD: Array, gradient_MF: Array, group_sizes_E: Array) -> Array:
-    """The part of `gradients` that is the matrices', where the rows' is found otherwise."""
-    count, stop_E = rows_MD.shape[0], jnp.cumsum(group_sizes_E)
-    blocks = _blocks(count, group_sizes_E)
+    blocks, stop_E = _blocks(rows_MD.shape[0], group_sizes_E), jnp.cumsum(group_sizes_E)
     shape = group_sizes_E.shape[0], rows_MD.shape[1], gradient_MF.shape[1]
 
     def body(group, of_weights_EDF):
@@ -81,19 +73,25 @@ def gradient_of_weights(rows_MD: Array, gradient_MF: Array, group_sizes_E: Array
         for height, number_E, start_E in blocks:
 
             def block(index, of_weight_DF, height=height, begin=start_E[group]):
-                start = begin + index * height
-                first = jnp.minimum(start, count - height)
-                place = first + jnp.arange(height)
-                mine = ((place >= start) & (place < stop_E[group]))[:, None]
-                rows = jax.lax.dynamic_slice_in_dim(rows_MD, first, height)
-                gradient = jnp.where(mine, jax.lax.dynamic_slice_in_dim(gradient_MF, first, height), 0)
+                _, _, rows, gradient = _cut(rows_MD, gradient_MF, begin + index * height, height, stop_E[group])
                 return of_weight_DF + jnp.matmul(rows.T, gradient, preferred_element_type=jnp.float32)
 
             of_weight_DF = jax.lax.fori_loop(0, number_E[group], block, of_weight_DF)
-        of_weight_DF = of_weight_DF.astype(rows_MD.dtype)
-        return jax.lax.dynamic_update_index_in_dim(of_weights_EDF, of_weight_DF, group, 0)
+        return jax.lax.dynamic_update_index_in_dim(of_weights_EDF, of_weight_DF.astype(rows_MD.dtype), group, 0)
 
     return jax.lax.fori_loop(0, shape[0], body, spread_like(jnp.zeros(shape, rows_MD.dtype), rows_MD))
+
+
+def _cut(rows_MD, gradient_MF, start, height, stop):
+    """A block of `height` rows and gradients, where it begins and which of it are within start and stop.
+
+    At the end of the rows it begins earlier, to be as high; gradients outside are 0.
+    """
+    first = jnp.minimum(start, rows_MD.shape[0] - height)
+    place = first + jnp.arange(height)
+    mine = ((place >= start) & (place < stop))[:, None]
+    rows, gradient = (jax.lax.dynamic_slice_in_dim(x, first, height) for x in (rows_MD, gradient_MF))
+    return first, mine, rows, jnp.where(mine, gradient, 0)
 
 
 class _Blocks(NamedTuple):

@@ -21,4 +21,5 @@ def gradients(rows_MD: Array, weights_EDF: Array, group_sizes_E: Array, gradient
 
 def gradient_of_weights(rows_MD: Array, gradient_MF: Array, group_sizes_E: Array) -> Array:
     shape = group_sizes_E.shape[0], rows_MD.shape[1], gradient_MF.shape[1]
-    return gradients(rows_MD, spread_like(jnp.zeros(shape, rows_MD.dtype), rows_MD), group_sizes_E, gradient_MF)[1]
+    matrices = spread_like(jnp.zeros(shape, rows_MD.dtype), rows_MD)
+    return gradients(rows_MD, matrices, group_sizes_E, gradient_MF)[1]

@@ -38,12 +38,35 @@ def gradients(
     rows_MD: Array, weights_EDF: Array, group_sizes_E: Array, gradient_MF: Array, interpret: bool = False
 ) -> tuple[Array, Array]:
     of_rows_MD = _product(gradient_MF, weights_EDF, group_sizes_E, transposed=True, interpret=interpret)
-    return of_rows_MD, _gradient_of_weights(rows_MD, weights_EDF, group_sizes_E, gradient_MF, interpret)
+    return of_rows_MD, gradient_of_weights(rows_MD, gradient_MF, group_sizes_E, interpret)
 
 
 def gradient_of_weights(rows_MD: Array, gradient_MF: Array, group_sizes_E: Array, interpret: bool = False) -> Array:
-    matrices = jnp.zeros((len(group_sizes_E), rows_MD.shape[1], gradient_MF.shape[1]), rows_MD.dtype)  # never read
-    return _gradient_of_weights(rows_MD, matrices, group_sizes_E, gradient_MF, interpret)
+    rows, gradient = _whole_lanes(*spread_alike(rows_MD, gradient_MF))
+    (count, depth), width = rows.shape, gradient.shape[1]
+    # Here the rows are what is summed over: tiles of [STEP, ROWS] and [STEP, COLUMNS].
+    tile, height, columns = _tile(count, _most(STEP, rows)), _tile(depth, _most(ROWS, rows)), _tile(width, COLUMNS)
+    visits, number = _visits(group_sizes_E, tile, pl.cdiv(count, tile), of_empty=1)
+    result = jax.ShapeDtypeStruct((len(group_sizes_E), depth, width), rows.dtype, manual_axis_type=jax.typeof(rows).mat)
+    out = pl.pallas_call(
+        _gradient_kernel,
+        out_shape=result,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(pl.cdiv(depth, height), pl.cdiv(width, columns), number),
+            in_specs=[
+                pl.BlockSpec((tile, height), lambda d, f, v, visits: (visits.tile_V[v], d)),
+                pl.BlockSpec((tile, columns), lambda d, f, v, visits: (visits.tile_V[v], f)),
+            ],
+            out_specs=pl.BlockSpec((None, height, columns), lambda d, f, v, visits: (visits.group_V[v], d, f)),
+            scratch_shapes=[pltpu.VMEM((height, columns), jnp.float32)],
+        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        cost_estimate=_cost(count, depth, width, rows, gradient, result.size * result.dtype.itemsize),
+        interpret=interpret,
+        name="grouped_matmul_gradient",
+    )(visits, rows, gradient)
+    return out[:, : rows_MD.shape[1], : gradient_MF.shape[1]]
 
 
 class _Visits(NamedTuple):
@@ -123,34 +146,6 @@ def _product_kernel(visits, rows, weights, out, total, *, depth, step, transpose
         # The other rows are other groups', written on the visit before or on the next.
         written = out[...].astype(jnp.float32)
         out[...] = jnp.where(_is_within(out.shape, 0, start, stop), total[...], written).astype(out.dtype)
-
-
-def _gradient_of_weights(rows_MD, weights_EDF, group_sizes_E, gradient_MF, interpret):
-    rows, gradient = _whole_lanes(*spread_alike(rows_MD, gradient_MF))
-    (count, depth), width = rows.shape, gradient.shape[1]
-    # Here the rows are what is summed over: tiles of [STEP, ROWS] and [STEP, COLUMNS].
-    tile, height, columns = _tile(count, _most(STEP, rows)), _tile(depth, _most(ROWS, rows)), _tile(width, COLUMNS)
-    visits, number = _visits(group_sizes_E, tile, pl.cdiv(count, tile), of_empty=1)
-    shape = (len(group_sizes_E), depth, width)
-    out = pl.pallas_call(
-        _gradient_kernel,
-        out_shape=jax.ShapeDtypeStruct(shape, weights_EDF.dtype, manual_axis_type=jax.typeof(rows).mat),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
-            grid=(pl.cdiv(depth, height), pl.cdiv(width, columns), number),
-            in_specs=[
-                pl.BlockSpec((tile, height), lambda d, f, v, visits: (visits.tile_V[v], d)),
-                pl.BlockSpec((tile, columns), lambda d, f, v, visits: (visits.tile_V[v], f)),
-            ],
-            out_specs=pl.BlockSpec((None, height, columns), lambda d, f, v, visits: (visits.group_V[v], d, f)),
-            scratch_shapes=[pltpu.VMEM((height, columns), jnp.float32)],
-        ),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
-        cost_estimate=_cost(count, depth, width, rows, gradient, weights_EDF.nbytes),
-        interpret=interpret,
-        name="grouped_matmul_gradient",
-    )(visits, rows, gradient)
-    return out[:, : rows_MD.shape[1], : gradient_MF.shape[1]]
 
 
 def _gradient_kernel(visits, rows, gradient, out, total):

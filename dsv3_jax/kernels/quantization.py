@@ -1,7 +1,11 @@
 """FP8 numbers with a scale a tile, made while training (V3 section 3.3): value = code * scale of its tile.
 
-Codes are float8_e4m3fn everywhere. A tile's scale is its largest magnitude / 448, taken anew at every use; magnitudes
-below 1e-4 count as that, so that a tile of zeros has a scale. Three shapes of tiles, by what a product sums over:
+Codes are float8_e4m3fn everywhere. A tile's scale is its largest magnitude / 448, taken anew at every use; a largest
+magnitude below a bound counts as that, so that a tile of zeros has a scale: 1e-4 for activations and weights (the
+released kernels), next to nothing for gradients. A loss is divided by the tokens of its batch, 63 million in V3's, and
+its gradients are of 1e-10 and less: under the other bound they would all become 0.
+
+Three shapes of tiles, by what a product sums over:
     rows      1 x 128, one token's channels: activations and their gradients
     blocks    128 x 128: weights
     columns   128 x 1, one channel of 128 tokens of one group: activations and gradients where tokens are summed over
@@ -20,7 +24,7 @@ from jax import Array
 TILE = 128
 LARGEST = 448.0
 """The largest float8_e4m3fn. The type has no infinity, and a cast does not saturate: above 464 it gives NaN."""
-SMALLEST_AMAX = 1e-4
+SMALLEST_AMAX, SMALLEST_OF_GRADIENT = 1e-4, 2.0**-100
 
 ScaleFormat = Literal["float32", "power_of_two"]
 Tiles = Literal["fine", "gradient_blocks", "tensor"]
@@ -71,9 +75,9 @@ def token_tiles(group_sizes_E: Array, rows: int) -> TokenTiles:
     return TokenTiles(tile_of_row_M.astype(jnp.int32), row_TR.astype(jnp.int32))
 
 
-def scales_of(amax: Array, scales: ScaleFormat, largest: float = LARGEST) -> Array:
-    """max(amax, 1e-4) / largest; as a power of two 2^ceil(log2 of that), exact. NaN and infinity stay so."""
-    amax = _floats(jnp.maximum(_bits(amax), _bits(jnp.float32(SMALLEST_AMAX))))  # as integers: NaN is above all
+def scales_of(amax: Array, scales: ScaleFormat, largest: float = LARGEST, smallest: float = SMALLEST_AMAX) -> Array:
+    """max(amax, smallest) / largest; as a power of two 2^ceil(log2 of that), exact. NaN and infinity stay so."""
+    amax = _floats(jnp.maximum(_bits(amax), _bits(jnp.float32(smallest))))  # as integers: NaN is above all
     if scales == "float32":
         # Times the reciprocal, which every backend rounds alike; XLA makes that of a division anyway.
         return amax * jnp.float32(1 / largest)
@@ -89,18 +93,18 @@ def tile_amax(x: Array) -> Array:
     return _largest(_tiled(x, -1), -1)
 
 
-def quantized_rows(x: Array, recipe: Recipe) -> Scaled:
+def quantized_rows(x: Array, recipe: Recipe, smallest: float = SMALLEST_AMAX) -> Scaled:
     """Tiles of 1 x 128 along the last dim: codes [.., D], scales [.., ceil(D / 128)]."""
-    scales = scales_of(_pooled(tile_amax(x), recipe), recipe.scales)
+    scales = scales_of(_pooled(tile_amax(x), recipe), recipe.scales, smallest=smallest)
     return Scaled(codes_of(x, scales), scales)
 
 
 def quantized_gradient(x_MF: Array, recipe: Recipe, tiles: TokenTiles) -> Scaled:
     """`quantized_rows`; for the ablation the tiles that one block of 128 x 128 covers have one scale."""
     if recipe.tiles != "gradient_blocks":
-        return quantized_rows(x_MF, recipe)
+        return quantized_rows(x_MF, recipe, SMALLEST_OF_GRADIENT)
     amax_Tf = _largest(_taken(tile_amax(x_MF), tiles.row_TR), 1)
-    scales = scales_of(amax_Tf, recipe.scales)[tiles.tile_of_row_M]
+    scales = scales_of(amax_Tf, recipe.scales, smallest=SMALLEST_OF_GRADIENT)[tiles.tile_of_row_M]
     return Scaled(codes_of(x_MF, scales), scales)
 
 
@@ -127,7 +131,8 @@ def quantized_columns(x_MF: Array, recipe: Recipe, tiles: TokenTiles, *, gradien
     amax_TF = _pooled(_largest(_taken(x_MF, tiles.row_TR), 1), recipe)
     if recipe.tiles == "gradient_blocks" and gradient:
         amax_TF = jnp.repeat(_largest(_tiled(amax_TF, -1), -1), TILE, axis=-1)[:, : amax_TF.shape[1]]
-    scales_TF = scales_of(amax_TF, recipe.scales)
+    smallest = SMALLEST_OF_GRADIENT if gradient else SMALLEST_AMAX
+    scales_TF = scales_of(amax_TF, recipe.scales, smallest=smallest)
     codes = _codes(x_MF.astype(jnp.float32), scales_TF[tiles.tile_of_row_M])
     in_group_M1 = (tiles.tile_of_row_M < len(scales_TF) - 1)[:, None]
     return Scaled(jnp.where(in_group_M1, codes, jnp.zeros((), codes.dtype)), scales_TF)

@@ -1,8 +1,8 @@
 """The three products of a linear layer in FP8, of rows sorted by group and a matrix a group.
 
 A partial sum over each 128 of what is summed over is multiplied by the scales of its two tiles, then added up in
-float32 (V3 section 3.3.2). A dense layer is one group. Where nothing multiplies FP8, as on a CPU, the operands are
-first multiplied by their scales: the same but for float32's rounding.
+float32 (V3 section 3.3.2). A dense layer is one group. There are no products of FP8 here yet: on every platform the
+operands are first multiplied by their scales, the same but for float32's rounding.
 """
 
 import jax
@@ -11,11 +11,6 @@ from jax import Array
 
 from dsv3_jax.kernels.grouped_matmul import grouped_gradient_of_weights, grouped_matmul
 from dsv3_jax.kernels.quantization import Scaled, blocks_of, columns_of, rows_of
-
-
-def multiplies_float8() -> bool:
-    """Whether the products below are of FP8 on the chip that is compiled for."""
-    return False
 
 
 def grouped_product(rows: Scaled, weights: Scaled, group_sizes_E: Array, dtype: jnp.dtype) -> Array:

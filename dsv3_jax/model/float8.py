@@ -1,7 +1,7 @@
 """Parameters held in FP8 as the released weights are: a code a number, a float32 scale for each block of 128 x 128.
 
 value = code * scale, rounded to the compute type where a product takes it (V3 section 3.3.2; the weights' own kernels).
-No TPU generation planned for here multiplies FP8: what this saves is memory, and the reading of it.
+What this saves is memory, and the reading of it: products are of the compute type, on every chip.
 
 The blocks are those of a checkpoint's matrices. Where a parameter makes several dims of one of a matrix's, as heads and
 the numbers of a head do, a block ends within a head: scales are then kept for as many numbers as always share one.

@@ -17,7 +17,16 @@ from jax import Array
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.kernels.float8_linear import product, product_of_swiglu
 from dsv3_jax.kernels.float8_rows import packed_rows, unpacked_rows, values_of_rows
-from dsv3_jax.kernels.quantization import TILE, Recipe, Scaled, block_scales, codes_of, quantized_blocks, tile_amax
+from dsv3_jax.kernels.quantization import (
+    SMALLEST_OF_GRADIENT,
+    TILE,
+    Recipe,
+    Scaled,
+    block_scales,
+    codes_of,
+    quantized_blocks,
+    tile_amax,
+)
 from dsv3_jax.kernels.weighted_swiglu import weighted_swiglu
 from sharding.collectives import axis_index, gathered, present
 from sharding.encoded import Encoded
@@ -74,7 +83,10 @@ def answered(
 
 def wire(width: int, dtype: jnp.dtype, recipe: Recipe) -> Wire:
     """How gradients of rows travel to experts: each value is one that the experts' layer then quantises as it is."""
-    return Wire(lambda rows: packed_rows(rows, recipe), lambda bytes_: values_of_rows(bytes_, width, dtype))
+    return Wire(
+        lambda rows: packed_rows(rows, recipe, SMALLEST_OF_GRADIENT),
+        lambda bytes_: values_of_rows(bytes_, width, dtype),
+    )
 
 
 def encoded_matrices(parameter: nnx.Variable, summed_over: int, recipe: Recipe) -> Encoded:

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from dsv3_jax.config import ModelConfig, check_model
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.config_checks import check_model
 from dsv3_jax.model.block import Block
 from dsv3_jax.model.cache import Latents, PagedLatents
 from dsv3_jax.model.layers import RMSNorm, RouterBias, contract, parameter, scan_stack, stack, whole

@@ -15,7 +15,7 @@ from dsv3_jax.data.pipeline import validation_bytes
 from dsv3_jax.files import write_atomically
 from dsv3_jax.inference.completion import Completion, complete
 from dsv3_jax.inference.sampling import Sampling
-from dsv3_jax.model.functional import Skeleton, put_together, skeleton_of
+from dsv3_jax.model.functional import put_together, skeleton_of
 from dsv3_jax.training.compression import bits_per_byte
 from dsv3_jax.training.evaluation import Evaluation
 from dsv3_jax.training.flops import model_flops_per_token, parameter_counts
@@ -33,7 +33,6 @@ class Run(NamedTuple):
     workdir: Path
     corpus: Corpus
     tokenizer: Tokenizer
-    skeleton: Skeleton
 
 
 def write_report(run: Run, result: LoopResult, evaluation: Evaluation, matmul_rate: float) -> None:

@@ -7,7 +7,8 @@ import jax
 import pytest
 
 import configs
-from dsv3_jax.config import Config, check, from_json, to_json
+from dsv3_jax.config import Config, from_json, to_json
+from dsv3_jax.config_checks import check
 from dsv3_jax.model.functional import abstract_trees, skeleton_of
 
 NAMES = [module.name for module in pkgutil.iter_modules(configs.__path__)]

@@ -91,6 +91,16 @@ def test_a_product_and_its_gradients(recipe, keep_values):
     _assert_close(in_bfloat16, wanted, [jnp.bfloat16, jnp.bfloat16, jnp.float32])
 
 
+def test_gradients_of_a_large_batch_are_as_exact_as_those_of_a_small_one():
+    """A loss is divided by the tokens of its batch: by a power of two, gradients become smaller and nothing else."""
+    rows, weights, gradient = _inputs(DEPTH, WIDTH)
+    _, *wanted = _found(Recipe(), False, rows, weights, gradient)
+    _, *found = _found(Recipe(), False, rows, weights, gradient * np.float32(2.0**-50))
+    for one, other in zip(found, wanted, strict=True):
+        mine = slice(0, sum(SIZES) if one.ndim == 2 else None)  # what is no row means nothing
+        np.testing.assert_array_equal(np.asarray(one)[mine], np.asarray(other)[mine] * np.float32(2.0**-50))
+
+
 def test_swiglu_is_multiplied_as_it_is_and_computed_again_from_fp8():
     hidden, width = 128, 72
     both, weights, gradient = _inputs(2 * hidden, width)

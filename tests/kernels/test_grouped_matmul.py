@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsv3_jax.kernels import grouped_matmul_cpu, grouped_matmul_gpu
 from dsv3_jax.kernels.grouped_matmul import grouped_matmul
 
 D, F = 5, 7
@@ -67,6 +68,14 @@ def test_product_and_gradients_are_those_of_the_loop(sizes):
     for found, expected in zip(_all(*inputs), _loop(*inputs), strict=True):
         assert found.dtype == jnp.float32
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernels", [grouped_matmul_cpu, grouped_matmul_gpu], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("name", ["empty groups, first and last too", "high and low blocks, a high one past the end"])
+def test_the_gradient_of_weights_alone_is_that_of_the_loop(kernels, name):
+    rows, weights, sizes, cotangent = _inputs(CASES[name], jnp.float32)
+    found = jax.jit(kernels.gradient_of_weights)(rows, cotangent, sizes)
+    np.testing.assert_allclose(found, _loop(rows, weights, sizes, cotangent)[2], rtol=1e-5, atol=1e-5)
 
 
 def test_an_empty_groups_gradient_is_exactly_zero():

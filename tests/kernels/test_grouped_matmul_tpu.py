@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
 
 from dsv3_jax.kernels import grouped_matmul_tpu
-from dsv3_jax.kernels.grouped_matmul import grouped_matmul
+from dsv3_jax.kernels.grouped_matmul import grouped_gradient_of_weights, grouped_matmul
 from sharding.mesh import on_mesh
 from tests.kernels.test_grouped_matmul import CASES, _inputs, _loop
 
@@ -26,6 +26,7 @@ def emulated(monkeypatch):
     kernels = SimpleNamespace(
         product=functools.partial(grouped_matmul_tpu.product, interpret=True),
         gradients=functools.partial(grouped_matmul_tpu.gradients, interpret=True),
+        gradient_of_weights=functools.partial(grouped_matmul_tpu.gradient_of_weights, interpret=True),
     )
     monkeypatch.setattr("dsv3_jax.kernels.grouped_matmul._kernels", lambda: kernels)
     for name, size in {"PIECE": 128, "ROWS": 256, "COLUMNS": 128, "STEP": 256}.items():
@@ -39,6 +40,12 @@ def test_product_and_gradients_are_those_of_the_loop(emulated, sizes):
     for found, expected in zip(emulated(*inputs), _loop(*inputs), strict=True):
         assert found.dtype == jnp.float32
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_gradient_of_weights_alone_is_that_of_the_loop(emulated):
+    rows, weights, sizes, cotangent = _inputs(CASES["one more than a block"], jnp.float32)
+    found = jax.jit(grouped_gradient_of_weights)(rows, cotangent, sizes)
+    np.testing.assert_allclose(found, _loop(rows, weights, sizes, cotangent)[2], rtol=1e-5, atol=1e-5)
 
 
 # Widths of three steps and two columns, of which the last is not whole in either.

@@ -13,6 +13,8 @@ import pytest
 from flax import nnx
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.kernels.quantization import Recipe
+from dsv3_jax.model import float8_training
 from dsv3_jax.model.moe import MixtureOfExperts
 from sharding.collectives import spread, summed, variation
 from sharding.mesh import TOKEN_AXES, on_mesh, one_device, row_spec
@@ -67,6 +69,14 @@ def _trained(mesh: Any) -> tuple[Any, Any]:
     )
     out, of_parameters, of_x = jax.device_get(step(parameters, rest, *_inputs(model)))
     return out, {**nnx.to_pure_dict(of_parameters), "x": of_x}
+
+
+def test_gradients_of_a_large_batch_travel_as_exactly_as_those_of_a_small_one():
+    gradient_MD, factor = _inputs(TINY)[1].reshape(-1, TINY.width), np.float32(2.0**-50)
+    encode, decode = float8_training.wire(TINY.width, jnp.dtype("bfloat16"), Recipe())
+    found, wanted = (np.asarray(decode(encode(rows)), np.float32) for rows in (gradient_MD * factor, gradient_MD))
+    np.testing.assert_array_equal(found, wanted * factor)
+    assert wanted.any()
 
 
 def _relative(found: np.ndarray, wanted: np.ndarray) -> float:
