@@ -303,15 +303,15 @@ class TaskConfig:
     """countdown: make a target of all the numbers. arithmetic: sums, differences, products of two numbers."""
     seed: int = 0
     """Seed of the training problems. Validation and held-out problems are the same at every seed."""
-    validation_problems: int = 128
+    validation_problems: int = 100
     """Problems set apart for choices made while developing."""
-    held_out_problems: int = 256
+    held_out_problems: int = 200
     """Problems set apart for the figures that are reported."""
     countdown_numbers: int = 3
     """Numbers of a problem."""
-    countdown_largest_number: int = 12
+    countdown_largest_number: int = 10
     """Largest number of a problem."""
-    countdown_largest_target: int = 99
+    countdown_largest_target: int = 40
     """Largest target, and largest number on the demonstrated way to it."""
     countdown_failures: int = 4
     """Attempts that fail before the one that works, at most, in a demonstration."""
