@@ -39,7 +39,7 @@ class CountdownProblem:
     @property
     def prompt(self) -> str:
         numbers = ", ".join(map(str, self.numbers))
-        return f"Make {self.target} from the numbers {numbers}: use each once, with + - * / and parentheses."
+        return f"Make {self.target} from {numbers} with +-*/, each once."
 
     def verify(self, response: str) -> Verdict:
         answer = answer_in(response)
