@@ -180,6 +180,8 @@ class DataConfig:
     """Field of a .jsonl object without messages that holds what the assistant says."""
     demonstrations: int = 20_000
     """Training problems of the task to take demonstrations of."""
+    answers_only: float = 0.0
+    """Share of the task's demonstrations that keep their answer and lose the working before it."""
     overlong_chats: Literal["refuse", "leave_out"] = "refuse"
     """What to do about a chat longer than a row: stop the run, or leave it out. None is ever cut: its end would be
     lost, which has to be learnt."""

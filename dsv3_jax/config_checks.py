@@ -35,7 +35,7 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"training.sequence_length={training.sequence_length} must exceed model.mtp_depth={config.model.mtp_depth}"
         )
-    for name in ("validation_share", "fill_in_the_middle_rate"):
+    for name in ("validation_share", "fill_in_the_middle_rate", "answers_only"):
         _between(f"data.{name}", getattr(data, name), 0.0, 1.0)
     if data.validation_share == 0.0:
         raise ConfigError("data.validation_share=0.0 must be above 0: a run ends with a validation")

@@ -1,5 +1,6 @@
 """Chats to learn from: JSON Lines of messages or of problems and responses, or a task's own demonstrations."""
 
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,6 +13,7 @@ from dsv3_jax.data.corpus import Corpus, chosen_by_name, find_files
 from dsv3_jax.data.documents import Document, JsonLines, names_in, text_of
 from dsv3_jax.data.errors import DataError
 from dsv3_jax.tasks import DemonstratedProblem, Problem
+from dsv3_jax.tasks.problem import answer_in, in_response_form
 
 Message = Mapping[str, Any]
 
@@ -58,8 +60,10 @@ def open_chats(config: Config) -> ChatCorpus:
     if data.path == "task":
         task = tasks.build(config.task)
         return ChatCorpus(
-            Demonstrations(task.problem, data.demonstrations, config.task.kind),
-            Demonstrations(task.validation.__getitem__, len(task.validation), f"{config.task.kind}, validation"),
+            Demonstrations(task.problem, data.demonstrations, config.task.kind, data.answers_only),
+            Demonstrations(
+                task.validation.__getitem__, len(task.validation), f"{config.task.kind}, validation", data.answers_only
+            ),
         )
     root, paths = find_files(data.path, (".jsonl",))
     files = [JsonLines(path) for path in paths]
@@ -95,10 +99,10 @@ class FileChats:
 
 
 class Demonstrations:
-    """Worked solutions of a task's problems."""
+    """Solutions of a task's problems, a share of them without the working."""
 
-    def __init__(self, problem: Callable[[int], Problem], count: int, name: str):
-        self._problem, self._count, self._name = problem, count, name
+    def __init__(self, problem: Callable[[int], Problem], count: int, name: str, answers_only: float):
+        self._problem, self._count, self._name, self._answers_only = problem, count, name, answers_only
         if not isinstance(problem(0), DemonstratedProblem):
             raise ConfigError(
                 f"data.path=task: task.kind={name} comes without demonstrations; countdown and arithmetic have them, "
@@ -111,7 +115,12 @@ class Demonstrations:
     def __getitem__(self, index: int) -> Chat:
         problem = self._problem(index)
         assert isinstance(problem, DemonstratedProblem)
-        return chat_of(problem.prompt, problem.demonstration(), f"problem {index} of {self._name}")
+        place, response = f"problem {index} of {self._name}", problem.demonstration()
+        if random.Random(f"{self._answers_only}: {place}").random() < self._answers_only:
+            answer = answer_in(response)
+            assert answer is not None
+            response = in_response_form("", answer)
+        return chat_of(problem.prompt, response, place)
 
     def __iter__(self) -> Iterator[Chat]:
         return (self[index] for index in range(len(self)))
