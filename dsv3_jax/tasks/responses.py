@@ -15,6 +15,8 @@ from dsv3_jax.tasks.problem import Problem
 
 PAGE_SIZE = 16
 """Small, as prompts and responses of tasks are: a request reserves whole pages."""
+WAITING = 64
+"""Requests that wait at one time: an engine has a limit."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,6 @@ class Responder:
         ids = [token for event in events for token in event.token_ids]
         text = response_text(self._tokenizer, prompt, ids, self._ends)
         return Response(prompt, ids, text, events[-1].finish == "stop")
-
-
-WAITING = 64
-"""Requests that wait at one time: an engine has a limit."""
 
 
 def response_ends(files: dict[str, str] | None, tokenizer: Tokenizer, chat: ChatTemplate) -> frozenset[int]:

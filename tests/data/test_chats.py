@@ -10,7 +10,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer
 
 from configs.tiny_sft import config as tiny_sft
-from dsv3_jax.config import Config, ConfigError
+from dsv3_jax.config import Config, ConfigError, TaskConfig
 from dsv3_jax.config_checks import check
 from dsv3_jax.data.chat_rows import ChatBatches, ChatEncoder, chat_validation_batches
 from dsv3_jax.data.chats import Chat, chat_of, open_chats
@@ -167,6 +167,14 @@ def test_demonstrations_are_of_the_tasks_own_splits():
     assert len(corpus.train) == 50 and len(corpus.validation) == tiny_sft.task.validation_problems
     assert corpus.train[3].predicted.startswith("<think>") and corpus.train[3].messages[0]["content"].startswith("Make")
     assert not {chat.text for chat in corpus.train} & {chat.text for chat in corpus.validation}
+
+
+def test_a_task_without_demonstrations_is_refused(tmp_path: Path):
+    path = tmp_path / "problems.jsonl"
+    path.write_text("".join(f'{{"problem": "p{n}", "answer": "a"}}\n' for n in range(60)))
+    config = dataclasses.replace(make_config(), task=TaskConfig(kind="json_lines", path=str(path)))
+    with pytest.raises(ConfigError, match="data.path=task: task.kind=json_lines comes without demonstrations"):
+        open_chats(config)
 
 
 @pytest.mark.parametrize(
