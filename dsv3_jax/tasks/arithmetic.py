@@ -27,7 +27,7 @@ class ArithmeticProblem:
 
     @property
     def prompt(self) -> str:
-        return f"What is {self.left} {self.operator} {self.right}?"
+        return f"What is {self.left}{self.operator}{self.right}?"
 
     @property
     def result(self) -> int:
@@ -45,25 +45,25 @@ class ArithmeticProblem:
         return in_response_form("\n".join(lines), str(self.result))
 
     def _sum_lines(self) -> list[str]:
-        """Digits from the right, with what is carried."""
+        """Digits from the right, and the 1 that is carried."""
         lines, carry = [], 0
         left, right = str(self.left)[::-1], str(self.right)[::-1]
         for place in range(max(len(left), len(right))):
             parts = [int(number[place]) for number in (left, right) if place < len(number)] + [carry] * (carry > 0)
             total = sum(parts)
             carry = total // 10
-            lines.append(f"{' + '.join(map(str, parts))} = {total}, write {total % 10}, carry {carry}")
+            lines.append(f"{'+'.join(map(str, parts))}={total}")
         return lines
 
     def _difference_lines(self) -> list[str]:
-        """The smaller from the larger, digits from the right, with what is borrowed."""
+        """The smaller from the larger, digits from the right, with the 10 that is borrowed."""
         high, low = max(self.left, self.right), min(self.left, self.right)
-        lines, borrowed = [f"{high} - {low}, negative" if self.left < self.right else f"{high} - {low}"], 0
+        lines, borrowed = [f"-({high}-{low})" if self.left < self.right else f"{high}-{low}"], 0
         for place, digit in enumerate(reversed(str(high))):
             taken = low // 10**place % 10 + borrowed
             borrowed = int(int(digit) < taken)
             top = int(digit) + 10 * borrowed
-            lines.append(f"{top} - {taken} = {top - taken}, borrow {borrowed}")
+            lines.append(f"{top}-{taken}={top - taken}")
         return lines
 
     def _product_lines(self) -> list[str]:
@@ -72,7 +72,7 @@ class ArithmeticProblem:
         for place, digit in enumerate(reversed(str(self.right))):
             factor = int(digit) * 10**place
             part = self.left * factor
-            lines.append(f"{self.left} * {factor} = {part}, {total} + {part} = {total + part}")
+            lines.append(f"{self.left}*{factor}={part},{total}+{part}={total + part}")
             total += part
         return lines
 
