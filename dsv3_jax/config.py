@@ -275,8 +275,34 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class TaskConfig:
+    """Problems with verifiable answers (dsv3_jax/tasks/): for evaluation, for demonstrations, for rewards."""
+
+    kind: Literal["countdown", "arithmetic"] = "countdown"
+    """countdown: make a target of all the numbers. arithmetic: sums, differences, products of two numbers."""
+    seed: int = 0
+    """Seed of the training problems. Validation and held-out problems are the same at every seed."""
+    validation_problems: int = 128
+    """Problems set apart for choices made while developing."""
+    held_out_problems: int = 256
+    """Problems set apart for the figures that are reported."""
+    countdown_numbers: int = 3
+    """Numbers of a problem."""
+    countdown_largest_number: int = 12
+    """Largest number of a problem."""
+    countdown_largest_target: int = 99
+    """Largest target, and largest number on the demonstrated way to it."""
+    countdown_failures: int = 4
+    """Attempts that fail before the one that works, at most, in a demonstration."""
+    arithmetic_operators: str = "+-*"
+    """Operators to choose from, each as often."""
+    arithmetic_digits: int = 2
+    """Most digits of a number; all lengths are as frequent."""
+
+
+@dataclass(frozen=True)
 class Config:
-    """One run: model, data, training, optimizer, losses, checkpoints, mesh."""
+    """One run: model, data, training, optimizer, losses, checkpoints, mesh, task."""
 
     model: ModelConfig
     data: DataConfig
@@ -285,6 +311,7 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
     seed: int = 0
     """Seed of everything random: parameters, data order, sampling."""
 
@@ -315,8 +342,9 @@ def from_json(text: str) -> Config:
             "loss": LossConfig,
             "checkpoint": CheckpointConfig,
             "mesh": MeshConfig,
+            "task": TaskConfig,
         }
-        built = {name: kind(**values.pop(name)) for name, kind in sections.items()}
+        built = {name: kind(**values.pop(name)) for name, kind in sections.items() if name in values}
         return Config(**built, **values)
     except (json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"not a saved configuration of this version: {error}") from error

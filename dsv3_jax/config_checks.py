@@ -1,6 +1,6 @@
 """What a configuration may not say: each refusal names the field, its value and what would be right."""
 
-from dsv3_jax.config import Config, ConfigError, ModelConfig
+from dsv3_jax.config import Config, ConfigError, ModelConfig, TaskConfig
 
 
 def check(config: Config) -> None:
@@ -76,6 +76,7 @@ def check(config: Config) -> None:
     _at_least("checkpoint.keep", config.checkpoint.keep, 1)
     if config.seed < 0 or config.seed >= 2**32:
         raise ConfigError(f"seed={config.seed} must be between 0 and {2**32 - 1}")
+    check_task(config.task)
 
 
 def check_model(model: ModelConfig) -> None:
@@ -120,6 +121,27 @@ def check_model(model: ModelConfig) -> None:
     for name in ("rope_theta", "norm_epsilon", "latent_norm_epsilon", "initializer_std", "routed_scale"):
         if not getattr(model, name) > 0:
             raise ConfigError(f"model.{name}={getattr(model, name)} must be above 0")
+
+
+def check_task(task: TaskConfig) -> None:
+    """Refuse problems that cannot be made. Raises ConfigError."""
+    for name in (
+        *("validation_problems", "held_out_problems", "countdown_largest_number", "countdown_largest_target"),
+        "arithmetic_digits",
+    ):
+        _at_least(f"task.{name}", getattr(task, name), 1)
+    _at_least("task.countdown_failures", task.countdown_failures, 0)
+    _between("task.seed", task.seed, 0, 2**32 - 1)
+    _between("task.countdown_numbers", task.countdown_numbers, 2, 10)
+    _at_most(
+        "task.countdown_largest_number",
+        task.countdown_largest_number,
+        "task.countdown_largest_target",
+        task.countdown_largest_target,
+    )
+    _at_most("task.arithmetic_digits", task.arithmetic_digits, "what a response may spell", 40)
+    if not task.arithmetic_operators or set(task.arithmetic_operators) - set("+-*"):
+        raise ConfigError(f"task.arithmetic_operators={task.arithmetic_operators!r} must be some of + - *")
 
 
 def _check_float8(model: ModelConfig) -> None:
