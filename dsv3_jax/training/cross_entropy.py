@@ -1,7 +1,5 @@
 """Cross entropy of a large vocabulary without the logits of all tokens in memory at once."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -37,7 +35,7 @@ def _cross_entropy(hidden_ND, head_DW, labels_N, counted_N):
         return total + loss, None
 
     start = spread_like(jnp.zeros((), jnp.float32), hidden_ND)
-    return jax.lax.scan(chunk, start, _chunks(hidden_ND, labels_N, counted_N))[0]
+    return jax.lax.scan(chunk, start, in_chunks(hidden_ND, labels_N, counted_N))[0]
 
 
 def _forward(hidden_ND, head_DW, labels_N, counted_N):
@@ -54,7 +52,7 @@ def _forward(hidden_ND, head_DW, labels_N, counted_N):
         spread_like(jnp.zeros((), jnp.float32), hidden_ND),
         spread_like(jnp.zeros(head_DW.shape, jnp.float32), hidden_ND, head_DW),
     )
-    (total, head_gradient), hidden_gradient = jax.lax.scan(chunk, start, _chunks(hidden_ND, labels_N, counted_N))
+    (total, head_gradient), hidden_gradient = jax.lax.scan(chunk, start, in_chunks(hidden_ND, labels_N, counted_N))
     hidden_gradient = hidden_gradient.reshape(-1, hidden_ND.shape[1])[: hidden_ND.shape[0]]
     return total, (hidden_gradient, head_gradient.astype(head_DW.dtype))
 
@@ -75,12 +73,12 @@ def _chunk_loss(hidden_ND: Array, head_DW: Array, labels_N: Array, counted_N: Ar
     sums_N = summed(powers_NW.sum(axis=-1), TENSOR_AXES)
     column_N1 = (labels_N - axis_index(TENSOR_AXES) * head_DW.shape[1])[:, None]
     is_label_NW = column_N1 == jnp.arange(head_DW.shape[1])
-    label_logits_N = _label_logits(shifted_NW, column_N1)
+    label_logits_N = label_logits(shifted_NW, column_N1)
     loss = jnp.sum(jnp.where(counted_N, jnp.log(sums_N) - label_logits_N, 0.0))
     return loss, (powers_NW * (counted_N / sums_N)[:, None]) - (is_label_NW & counted_N[:, None])
 
 
-def _label_logits(logits_NW: Array, column_N1: Array) -> Array:
+def label_logits(logits_NW: Array, column_N1: Array) -> Array:
     """Every token's logit in its column; columns count from the first of this device's part of the vocabulary."""
     logits_N = jnp.take_along_axis(logits_NW, jnp.clip(column_N1, 0, logits_NW.shape[1] - 1), axis=-1)[:, 0]
     if axis_size(TENSOR_AXES) == 1:
@@ -89,13 +87,12 @@ def _label_logits(logits_NW: Array, column_N1: Array) -> Array:
     return summed(jnp.where(mine_N, logits_N, 0.0), TENSOR_AXES)
 
 
-def _chunks(hidden_ND: Array, labels_N: Array, counted_N: Array) -> tuple[Array, Array, Array]:
-    """The tokens cut into equal chunks, the last padded with tokens that do not count."""
-    tokens = hidden_ND.shape[0]
+def in_chunks(*arrays: Array) -> tuple[Array, ...]:
+    """Rows of all N tokens cut into equal chunks, the last padded with zeros: tokens that do not count."""
+    tokens = arrays[0].shape[0]
     count = -(-tokens // TOKENS_AT_ONCE)
     size = -(-tokens // count)
-    cut = functools.partial(_cut, count=count, size=size)
-    return cut(hidden_ND), cut(labels_N), cut(counted_N)
+    return tuple(_cut(rows, count, size) for rows in arrays)
 
 
 def _cut(rows: Array, count: int, size: int) -> Array:
