@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dsv3_jax.errors import UserError
+from dsv3_jax.grpo_config import GRPOConfig
 
 Weights = Literal["compute", "float8"]
 """How a model that runs holds its matrices: in the type it multiplies in, or as the blocks of an FP8 checkpoint."""
@@ -302,7 +303,7 @@ class TaskConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """One run: model, data, training, optimizer, losses, checkpoints, mesh, task."""
+    """One run: model, data, training, optimizer, losses, checkpoints, mesh, task, grpo."""
 
     model: ModelConfig
     data: DataConfig
@@ -312,6 +313,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
+    grpo: GRPOConfig = field(default_factory=GRPOConfig)
     seed: int = 0
     """Seed of everything random: parameters, data order, sampling."""
 
@@ -343,6 +345,7 @@ def from_json(text: str) -> Config:
             "checkpoint": CheckpointConfig,
             "mesh": MeshConfig,
             "task": TaskConfig,
+            "grpo": GRPOConfig,
         }
         built = {name: kind(**values.pop(name)) for name, kind in sections.items() if name in values}
         return Config(**built, **values)

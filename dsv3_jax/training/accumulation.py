@@ -65,13 +65,15 @@ def global_norm(gradients: Tree) -> Array:
     return jnp.sqrt(sum((summed(jnp.stack(parts).sum(), axes) for axes, parts in squares.items()), start=jnp.zeros(())))
 
 
-def stepped(
-    optimizer: optax.GradientTransformation, gradients: Tree, factor: Array, state: Any, parameters: Tree
-) -> tuple[Tree, Any]:
-    """Parameters and optimizer state after a step along gradients scaled by `factor`, or by 1 where it is larger."""
+def clipped(gradients: Tree, norm: Array, most: float) -> Tree:
+    """Scaled down to a norm of `most` where theirs is larger."""
     # A factor, not optax.clip_by_global_norm: that divides, and XLA writes the quotients to memory first.
-    clipped = optax.tree.scale(jnp.minimum(1.0, factor), gradients)
-    updates, state = optimizer.update(clipped, state, parameters)
+    return optax.tree.scale(jnp.minimum(1.0, most / norm), gradients)
+
+
+def stepped(optimizer: optax.GradientTransformation, gradients: Tree, state: Any, parameters: Tree) -> tuple[Tree, Any]:
+    """Parameters and optimizer state after one update."""
+    updates, state = optimizer.update(gradients, state, parameters)
     return optax.apply_updates(parameters, updates), state
 
 

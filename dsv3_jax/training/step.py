@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dsv3_jax.config import Config
 from dsv3_jax.model.functional import Skeleton, Tree, put_together, take_apart
 from dsv3_jax.model.router import updated_bias
-from dsv3_jax.training.accumulation import accumulated, chosen, global_norm, stepped
+from dsv3_jax.training.accumulation import accumulated, chosen, clipped, global_norm, stepped
 from dsv3_jax.training.losses import (
     Batch,
     Losses,
@@ -60,9 +60,8 @@ def make_train_step(config: Config, skeleton: Skeleton, mesh: Mesh) -> jax.stage
         norm = global_norm(gradients)
         finite = jnp.isfinite(norm) & jnp.isfinite(objective(losses, weights, config.model))
 
-        parameters, optimizer_state = stepped(
-            optimizer, gradients, config.optimizer.clip_norm / norm, state.optimizer, state.parameters
-        )
+        gradients = clipped(gradients, norm, config.optimizer.clip_norm)
+        parameters, optimizer_state = stepped(optimizer, gradients, state.optimizer, state.parameters)
         moved = TrainState(
             state.step + 1,
             parameters,
