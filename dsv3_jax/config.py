@@ -152,6 +152,9 @@ class ModelConfig:
 class DataConfig:
     """Text in, packed token rows out."""
 
+    kind: Literal["documents", "rollouts"] = "documents"
+    """documents: every token is learnt, in rows cut from one stream. rollouts: the model's own responses to the
+    configuration's task are, by what they are worth (section grpo); nothing else of this section is read."""
     path: str = "stdlib"
     """'stdlib' (the Python standard library's own source on this machine), or a file, folder or glob of
     .txt .py .md .jsonl .parquet."""

@@ -18,6 +18,8 @@ class GRPOConfig:
     updates_per_rollout: int = 1
     """Updates that the responses of a rollout are dealt out to at random; prompts * group_size is this many times
     training.batch_size."""
+    prompt_tokens: int = 64
+    """Longest prompt."""
     max_new_tokens: int = 64
     """Longest response; one that has not come to its end by then is truncated."""
     temperature: float = 1.0
@@ -57,5 +59,9 @@ class GRPOConfig:
     """Taken off the reward of a truncated response."""
     overlong_tokens: int = 0
     """Last tokens before the longest response over which the penalty rises from 0 (DAPO)."""
+    verifiers: int = 2
+    """Processes that look at responses."""
+    verifier_seconds: float = 10.0
+    """Time a verifier has for one response; after it the response is left out, and the process replaced."""
     evaluation_temperature: float = 1.0
     """Of the samples that pass@1 and pass@k are counted over, k = group_size; 0: greedy."""

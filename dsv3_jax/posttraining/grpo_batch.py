@@ -111,7 +111,8 @@ def _empty(like: Sample, rows: int, length: int) -> GRPOBatch:
     layers, chosen = like.experts_SLK.shape[1:]
     experts = np.broadcast_to(np.arange(chosen, dtype=np.uint16), (rows, length, layers, chosen)).copy()
     of_tokens = TokenValues(numbers(bool), *(numbers(np.float32) for _ in TokenValues._fields[1:]))
-    return GRPOBatch(*[numbers(np.int32) for _ in range(4)], experts, of_tokens)
+    tokens, labels, segment_ids, positions = (numbers(np.int32) for _ in range(4))
+    return GRPOBatch(tokens, labels, segment_ids, positions, experts, of_tokens)
 
 
 def _put(batch: GRPOBatch, sample: Sample, row: int, start: int, segment: int) -> Place:

@@ -32,7 +32,7 @@ class TokenValues(NamedTuple):
     """Of the training code before the first update on this rollout; of a rollout that is used for one update the step
     finds them itself, and these are not read."""
     reference_logprobs: Any
-    """Read where the KL is in the loss."""
+    """Read where there is a reference."""
 
 
 class LossSums(NamedTuple):
@@ -43,7 +43,7 @@ class LossSums(NamedTuple):
     tokens: Array
     entropy: Array
     kl: Array
-    """Of the new policy against the reference; 0 where there is none in the loss."""
+    """Of the new policy against the reference; 0 where there is none."""
     clipped_low: Array
     """Tokens whose gradient the lower bound takes away: rho below 1 - low, and a negative advantage."""
     clipped_high: Array
@@ -89,9 +89,10 @@ def grpo_loss(new_logprobs: Array, entropies: Array, values: TokenValues, config
         objective = objective * jnp.minimum(importance, config.importance_cap)
         capped = importance > config.importance_cap
     kl = jnp.zeros_like(new)
-    if config.kl_weight and config.kl_in == "loss":
-        kl = of_counted(kl_estimate(config.kl_estimator, new, of_counted(values.reference_logprobs)))
-        objective = objective - config.kl_weight * kl
+    if config.kl_weight:
+        kl = kl_estimate(config.kl_estimator, new, of_counted(values.reference_logprobs))
+        if config.kl_in == "loss":
+            objective = objective - config.kl_weight * kl
     told = {
         "tokens": counted,
         "entropy": of_counted(entropies),

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from dsv3_jax.config import Config
 from dsv3_jax.model.functional import Skeleton, Tree
-from dsv3_jax.training.state import TrainState, abstract_state, initial_state, state_specs
+from dsv3_jax.training.state import TrainState, abstract_state, state_specs
 
 
 class GRPOState(NamedTuple):
@@ -29,8 +29,9 @@ def grpo_state(state: TrainState, config: Config) -> GRPOState:
     return GRPOState(*state, state.parameters if config.grpo.kl_weight else {})
 
 
-def initial_grpo_state(config: Config, skeleton: Skeleton, mesh: Mesh) -> GRPOState:
-    return with_fresh_reference(grpo_state(initial_state(config, skeleton, mesh), config))
+def first_grpo_state(state: TrainState, config: Config) -> GRPOState:
+    """Of a run that begins."""
+    return with_fresh_reference(grpo_state(state, config))
 
 
 def abstract_grpo_state(config: Config, skeleton: Skeleton, mesh: Mesh) -> GRPOState:

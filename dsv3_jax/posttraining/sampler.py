@@ -17,14 +17,13 @@ from tokenizers import Tokenizer
 
 from dsv3_jax.config import Config
 from dsv3_jax.inference.decoding import Rows, Vocabulary, known_logits, next_tokens
-from dsv3_jax.inference.placement import EVERYWHERE, ROWS, check_mesh, leaf_specs, over
+from dsv3_jax.inference.placement import EVERYWHERE, ROWS, check_mesh, check_one_process, leaf_specs, over
 from dsv3_jax.inference.sampling import Sampling, SamplingInputs, choose_tokens, log_probabilities
 from dsv3_jax.inference.weights import unstacked, with_inference_types
 from dsv3_jax.model.functional import Tree, abstract_trees, put_together, skeleton_of, to_run
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.posttraining.grpo_batch import Sample
 from sharding.collectives import anywhere, spread_like
-from sharding.mesh import row_shards
 
 
 class Sampled(NamedTuple):
@@ -46,18 +45,15 @@ class Sampler:
     A response depends on parameters, prompt and stream alone: not on the mesh, nor on the other rows.
     """
 
-    def __init__(self, config: Config, mesh: Mesh, tokenizer: Tokenizer, prompt_length: int):
-        """`prompt_length`: tokens of the longest prompt.
-
-        Raises:
-            PlacementError: a mesh that models cannot generate on.
-        """
+    def __init__(self, config: Config, mesh: Mesh, tokenizer: Tokenizer):
+        """Raises PlacementError for a mesh that models cannot generate on."""
         check_mesh(mesh)
-        self._grpo, self._prompt_length = config.grpo, prompt_length
+        check_one_process(mesh)
+        self._grpo = config.grpo
         model = config.model.to_run
         skeleton, several = to_run(skeleton_of(model)), mesh if mesh.size > 1 else None
         self.vocabulary = Vocabulary.of(tokenizer, model.vocabulary)
-        self._parts = row_shards(mesh)
+        self.end = int(self.vocabulary.end)
 
         def ready(parameters: Tree, router_bias: Tree) -> Transformer:
             whole = put_together(skeleton, parameters, router_bias)
@@ -80,7 +76,7 @@ class Sampler:
     ) -> list[list[Sample]]:
         """Responses to each of at most `grpo.prompts` prompts, [prompts][group_size]. Calls differ by `stream`."""
         size, group = self._grpo.prompts, self._grpo.group_size
-        tokens_PS = np.zeros((size, self._prompt_length), np.int32)
+        tokens_PS = np.zeros((size, self._grpo.prompt_tokens), np.int32)
         lengths_P = np.ones(size, np.int32)
         for row, prompt in enumerate(prompts):
             tokens_PS[row, : len(prompt)], lengths_P[row] = prompt, len(prompt)
@@ -139,10 +135,14 @@ def _sampled(
         jnp.zeros((batch, longest), jnp.float32),
         jnp.zeros((batch, longest, layers, chosen), jnp.uint16),
     )
-    made = Sampled(*(spread_like(array, tokens_B) for array in start), prompt_experts_PSLK.astype(jnp.uint16))
-    made = made._replace(
-        tokens_BT=made.tokens_BT.at[:, 0].set(tokens_B),
-        logprobs_BT=made.logprobs_BT.at[:, 0].set(logprobs(logits_BW, tokens_B)),
+    tokens_BT, count_B, logprobs_BT, experts_BTLK = (spread_like(array, tokens_B) for array in start)
+    first_B = logprobs(logits_BW, tokens_B)
+    made = Sampled(
+        tokens_BT.at[:, 0].set(tokens_B),
+        count_B,
+        logprobs_BT.at[:, 0].set(first_B),
+        experts_BTLK,
+        prompt_experts_PSLK.astype(jnp.uint16),
     )
 
     def goes_on(carry: tuple[Array, Rows, Sampled]) -> Array:
