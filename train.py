@@ -143,7 +143,8 @@ def learn_from_rollouts(arguments: TrainArguments, interrupted: Callable[[], boo
     restored = checkpoints.restore_latest(abstract_grpo_state(config, skeleton, mesh))
     state = restored.state if restored else first_grpo_state(fresh_state(config, skeleton, mesh, source), config)
     log, progress = MetricsLog(workdir, int(state.step)), Progress(config.training.steps, int(state.step))
-    step, score = (make(config, skeleton, mesh, rollouts.known_W) for make in (make_grpo_step, make_scorer))
+    step = make_grpo_step(config, skeleton, mesh, rollouts.known_W)
+    score = make_scorer(config, skeleton, mesh, rollouts.known_W)
     around = GRPOSurroundings(rollouts, score, checkpoints, log, progress, interrupted, row_shards(mesh))
     note("compiling sampler and step; the next run finds them in the cache")
     try:
