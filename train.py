@@ -9,21 +9,25 @@ if __name__ == "__main__":
     use_huge_pages()
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
+from tokenizers import Tokenizer
 
 from dsv3_jax.command_line import TrainArguments, parse_train, run_main
 from dsv3_jax.config import Config, ConfigError
 from dsv3_jax.convert.opening import OpenedModel, open_model
+from dsv3_jax.data.chat_rows import ChatBatches, ChatEncoder, chat_validation_batches
+from dsv3_jax.data.chats import ChatCorpus, open_chats
 from dsv3_jax.data.corpus import Corpus, open_corpus
-from dsv3_jax.data.pipeline import TrainingBatches, validation_batches
+from dsv3_jax.data.pipeline import StreamedBatches, TrainingBatches, validation_batches
 from dsv3_jax.data.tokenizer import load_tokenizer, tokenizer_from, train_tokenizer, training_texts
 from dsv3_jax.files import write_atomically
+from dsv3_jax.inference.chat import ChatTemplate, chat_template
 from dsv3_jax.layout import describe, mesh_of
 from dsv3_jax.loading import tokenizer_of
 from dsv3_jax.model.functional import Skeleton, skeleton_of
@@ -69,8 +73,8 @@ def train(arguments: TrainArguments, interrupted: Callable[[], bool]) -> None:
     skeleton = skeleton_of(config.model)
     mesh = mesh_of(config, skeleton)
     note_float8(config)
-    corpus = open_corpus(config.data)
-    documents = f"{len(corpus.train)} documents to train on, {len(corpus.validation)} held out"
+    corpus = open_chats(config) if config.data.kind == "chats" else open_corpus(config.data)
+    documents = f"{len(corpus.train)} {config.data.kind} to train on, {len(corpus.validation)} held out"
     note(f"corpus {config.data.path}: {documents}")
     source = open_source(arguments)
     tokenizer_text = given_tokenizer(arguments, source)
@@ -78,22 +82,23 @@ def train(arguments: TrainArguments, interrupted: Callable[[], bool]) -> None:
     train_step = ThreadPoolExecutor(1).submit(compile_train_step, config, skeleton, mesh)
     tokenizer_text = tokenizer_text or new_tokenizer(config, corpus)
     tokenizer = tokenizer_from(tokenizer_text, "the tokenizer", config.model.vocabulary)
-    batches = TrainingBatches(corpus.train, tokenizer, config, streams_here(config, mesh))
+    texts = texts_from(workdir, source)
+    template = chat_template((texts or {}).get("files"), tokenizer) if isinstance(corpus, ChatCorpus) else None
+    batches = training_batches(corpus, tokenizer, template, config, streams_here(config, mesh))
     # From here on the workdir is this run's: whatever could be refused has been.
     first = is_first_process()
     if first:
         write_config(workdir, config)
         write_atomically(kept_tokenizer(workdir), tokenizer_text)
 
-    checkpoints = Checkpoints(workdir / "checkpoints", config, tokenizer_text, texts_from(workdir, source))
+    checkpoints = Checkpoints(workdir / "checkpoints", config, tokenizer_text, texts)
     state, data_state = first_state(config, skeleton, mesh, checkpoints, source)
     if data_state:
         batches.set_state(data_state)
     evaluate = make_evaluate(config, skeleton, mesh)
 
     def validate(state: TrainState) -> Evaluation:
-        held_out = validation_batches(corpus.validation, tokenizer, config)
-        return evaluate(state.parameters, state.router_bias, held_out)
+        return evaluate(state.parameters, state.router_bias, held_out_batches(corpus, tokenizer, template, config))
 
     step = int(state.step)
     note("compiling the training step; the next run finds it in the cache")
@@ -113,7 +118,25 @@ def train(arguments: TrainArguments, interrupted: Callable[[], bool]) -> None:
             resource.close()
     evaluation = validate(result.state)
     if first:
-        write_report(Run(config, workdir, corpus, tokenizer), result, evaluation, rate)
+        write_report(Run(config, workdir, corpus, tokenizer, template), result, evaluation, rate)
+
+
+def training_batches(
+    corpus: Corpus, tokenizer: Tokenizer, template: ChatTemplate | None, config: Config, streams: list[int]
+) -> StreamedBatches:
+    """What is trained on, of the streams that are this process's."""
+    if isinstance(corpus, ChatCorpus) and template:
+        return ChatBatches(corpus.train, ChatEncoder(template, tokenizer, config), config, streams)
+    return TrainingBatches(corpus.train, tokenizer, config, streams)
+
+
+def held_out_batches(
+    corpus: Corpus, tokenizer: Tokenizer, template: ChatTemplate | None, config: Config
+) -> Iterator[dict[str, Any]]:
+    """What is validated on: the same at every call."""
+    if isinstance(corpus, ChatCorpus) and template:
+        return chat_validation_batches(corpus.validation, ChatEncoder(template, tokenizer, config), config)
+    return validation_batches(corpus.validation, tokenizer, config)
 
 
 def learn_from_rollouts(arguments: TrainArguments, interrupted: Callable[[], bool]) -> None:

@@ -152,12 +152,14 @@ class ModelConfig:
 class DataConfig:
     """Text in, packed token rows out."""
 
-    kind: Literal["documents", "rollouts"] = "documents"
-    """documents: every token is learnt, in rows cut from one stream. rollouts: the model's own responses to the
-    configuration's task are, by what they are worth (section grpo); nothing else of this section is read."""
+    kind: Literal["documents", "chats", "rollouts"] = "documents"
+    """documents: every token is learnt, in rows cut from one stream. chats: what an assistant said is learnt, its end
+    included, and prompts are read; chats stay whole, and are packed into rows where none sees another (V3 section
+    5.1). rollouts: the model's own responses to the configuration's task are learnt by what they are worth (section
+    grpo); nothing else of this section but the tokenizer is read."""
     path: str = "stdlib"
     """'stdlib' (the Python standard library's own source on this machine), or a file, folder or glob of
-    .txt .py .md .jsonl .parquet."""
+    .txt .py .md .jsonl .parquet. Of chats: 'task' (demonstrations of the configuration's task), or .jsonl."""
     text_field: str = "text"
     """Field of .jsonl objects and column of .parquet files that holds the text."""
     tokenizer: str = "train"
@@ -170,7 +172,24 @@ class DataConfig:
     """Streams that the documents are dealt out to, each filling an equal share of every batch: a process reads those of
     its own rows only. What is in a batch depends on their number, not on that of the processes."""
     isolate_documents: bool = False
-    """Mask attention across document boundaries in a row and restart positions there; V3 pre-training does not."""
+    """Mask attention across document boundaries in a row and restart positions there; V3 pre-training does not. Chats
+    are isolated always."""
+    messages_field: str = "messages"
+    """Field of a .jsonl object that holds a chat, a list of {"role": ..., "content": ...}."""
+    problem_field: str = "problem"
+    """Field of a .jsonl object without messages that holds what the user says."""
+    response_field: str = "response"
+    """Field of a .jsonl object without messages that holds what the assistant says."""
+    demonstrations: int = 20_000
+    """Training problems of the task to take demonstrations of."""
+    overlong_chats: Literal["refuse", "leave_out"] = "refuse"
+    """What to do about a chat longer than a row: stop the run, or leave it out. None is ever cut: its end would be
+    lost, which has to be learnt."""
+
+    @property
+    def isolated(self) -> bool:
+        """Whether a token sees its own document or chat alone."""
+        return self.kind == "chats" or self.isolate_documents
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,12 @@ def check(config: Config) -> None:
         )
     if not data.path:
         raise ConfigError("data.path='' is empty: give 'stdlib', or a file, folder or glob")
+    _at_least("data.demonstrations", data.demonstrations, 1)
+    if (data.kind, data.path) in (("chats", "stdlib"), ("documents", "task")):
+        raise ConfigError(
+            f"data.path={data.path} is not of data.kind={data.kind}: give 'task' or .jsonl files for chats, "
+            "'stdlib' or text files for documents"
+        )
     if not optimizer.learning_rate > 0:
         raise ConfigError(f"optimizer.learning_rate={optimizer.learning_rate} must be above 0")
     _at_least("optimizer.warmup_steps", optimizer.warmup_steps, 0)

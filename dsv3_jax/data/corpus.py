@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from dsv3_jax.config import DataConfig
-from dsv3_jax.data.documents import Document, DocumentFile, JsonLinesFile, ParquetFile, TextFile
+from dsv3_jax.data.documents import Document, DocumentFile, DocumentSource, JsonLinesFile, ParquetFile, TextFile
 from dsv3_jax.data.errors import DataError
 
 TEXT_EXTENSIONS = (".txt", ".py", ".md")
@@ -44,8 +44,8 @@ class Documents:
 class Corpus:
     """The two halves of a corpus; no document is in both."""
 
-    train: Documents
-    validation: Documents
+    train: DocumentSource
+    validation: DocumentSource
 
 
 def open_corpus(data: DataConfig) -> Corpus:
@@ -60,7 +60,7 @@ def open_corpus(data: DataConfig) -> Corpus:
     Raises:
         DataError: nothing there, no known extension, undecodable, malformed, or an empty half.
     """
-    root, paths = _find(data.path)
+    root, paths = find_files(data.path, EXTENSIONS)
     files = _open_files(root, paths, data)
     places = _places(files)
     if not len(places):
@@ -69,17 +69,26 @@ def open_corpus(data: DataConfig) -> Corpus:
     if len(places) == 1 and isinstance(files[0], TextFile) and share > 0:
         head, tail = files[0].split(share)
         return Corpus(Documents([head], places), Documents([tail], places))
-    names = (file.name(row) for file in files for row in range(len(file)))
-    fractions = np.fromiter(map(_fraction, names), np.float64, len(places))
+    held_out = chosen_by_name([file.name(row) for file in files for row in range(len(file))], share)
+    return Corpus(Documents(files, places[~held_out]), Documents(files, places[held_out]))
+
+
+def chosen_by_name(names: Sequence[str], share: float) -> np.ndarray:
+    """bool, one a name: whether the document of this name is held out.
+
+    Raises:
+        DataError: all are, or none.
+    """
+    fractions = np.fromiter(map(_fraction, names), np.float64, len(names))
     held_out = fractions < share
     if held_out.all():
-        raise DataError(f"data.validation_share={share} leaves none of {len(places)} documents for training: lower it")
+        raise DataError(f"data.validation_share={share} leaves none of {len(names)} documents for training: lower it")
     if share > 0 and not held_out.any():
         raise DataError(
-            f"data.validation_share={share} holds out none of {len(places)} documents: add documents, or raise it "
+            f"data.validation_share={share} holds out none of {len(names)} documents: add documents, or raise it "
             f"above {fractions.min():.4f} to hold out one"
         )
-    return Corpus(Documents(files, places[~held_out]), Documents(files, places[held_out]))
+    return held_out
 
 
 def _places(files: Sequence[DocumentFile]) -> np.ndarray:
@@ -113,19 +122,19 @@ def _open_files(root: Path, paths: list[Path], data: DataConfig) -> list[Documen
     return files
 
 
-def _find(path: str) -> tuple[Path, list[Path]]:
-    """The corpus's root and its files, in the order of their names."""
+def find_files(path: str, extensions: Sequence[str]) -> tuple[Path, list[Path]]:
+    """The corpus's root and its files with these extensions, in the order of their names."""
     if path == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
         found = [file for file in _walk(root, NOT_STDLIB) if file.suffix == ".py"]
         if not found:
             raise DataError(f"data.path='stdlib': no .py files in {root}; give a file, folder or glob instead")
     else:
-        root, found = _find_user_files(Path(path).expanduser())
+        root, found = _find_user_files(Path(path).expanduser(), extensions)
     return root, sorted(found, key=lambda file: file.relative_to(root).as_posix())
 
 
-def _find_user_files(path: Path) -> tuple[Path, list[Path]]:
+def _find_user_files(path: Path, extensions: Sequence[str]) -> tuple[Path, list[Path]]:
     if path.is_file():
         root, candidates = path.parent, [path]
     elif path.is_dir():
@@ -137,9 +146,9 @@ def _find_user_files(path: Path) -> tuple[Path, list[Path]]:
             raise DataError(f"data.path='{path}' matches no file")
     else:
         raise DataError(f"data.path='{path}' does not exist: give 'stdlib', or a file, folder or glob")
-    known = [file for file in candidates if file.suffix.lower() in EXTENSIONS]
+    known = [file for file in candidates if file.suffix.lower() in extensions]
     if not known:
-        raise DataError(f"data.path='{path}' has no file ending in one of {' '.join(EXTENSIONS)}")
+        raise DataError(f"data.path='{path}' has no file ending in one of {' '.join(extensions)}")
     return root, known
 
 

@@ -23,9 +23,14 @@ class Document:
     name: str
     text: str
 
+    @property
+    def predicted(self) -> str:
+        """The part of the text that a model learns to write."""
+        return self.text
+
 
 class DocumentSource(Protocol):
-    """Documents by number: a list, or `corpus.Documents`."""
+    """Documents by number: a list, `corpus.Documents`, or one of `chats`."""
 
     def __len__(self) -> int: ...
 
@@ -73,14 +78,11 @@ class TextFile:
         return head, TextFile(self._path, f"{self._name} (tail)", cut)
 
 
-class JsonLinesFile:
-    """One JSON object a line, blank lines left out; found by an index of byte offsets.
+class JsonLines:
+    """The objects of a file with one a line, blank lines left out; found by an index of byte offsets."""
 
-    The first document is checked here, the others when they are read.
-    """
-
-    def __init__(self, path: Path, name: str, field: str):
-        self._path, self._name, self._field = path, name, field
+    def __init__(self, path: Path):
+        self._path = path
         self._offsets, self._lines = array("q"), array("q")
         offset = 0
         with _open(path) as file:
@@ -89,31 +91,59 @@ class JsonLinesFile:
                     self._offsets.append(offset)
                     self._lines.append(number)
                 offset += len(line)
-        if self._offsets:
-            self.text(0)
 
     def __len__(self) -> int:
         return len(self._offsets)
 
-    def name(self, row: int) -> str:
-        return f"{self._name}:{self._lines[row]}"
+    def line(self, row: int) -> int:
+        """The number in the file, from 1, of object `row`."""
+        return self._lines[row]
 
-    def text(self, row: int) -> str:
+    def place(self, row: int) -> str:
+        """What errors call object `row`."""
+        return f"{self._path}:{self._lines[row]}"
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        """Raises DataError: the line is no object of JSON."""
         with _open(self._path) as file:
             file.seek(self._offsets[row])
             line = file.readline()
-        return self._field_of(line, f"{self._path}:{self._lines[row]}")
-
-    def _field_of(self, line: bytes, place: str) -> str:
         try:
-            value = json.loads(_decode(line, place))
+            value = json.loads(_decode(line, self.place(row)))
         except json.JSONDecodeError as error:
-            raise DataError(f"{place} is not JSON: {error.msg} at column {error.colno}") from error
+            raise DataError(f"{self.place(row)} is not JSON: {error.msg} at column {error.colno}") from error
         if not isinstance(value, dict):
-            raise DataError(f"{place} holds a JSON {type(value).__name__}, not an object with field {self._field!r}")
-        if self._field not in value:
-            raise DataError(f"{place} has no field {self._field!r} (data.text_field); its fields: {_list(value)}")
-        return _text(value[self._field], f"field {self._field!r} of {place}")
+            raise DataError(f"{self.place(row)} holds a JSON {type(value).__name__}, not an object with fields")
+        return value
+
+    def text(self, row: int, field: str, option: str) -> str:
+        """The text in a field of object `row`; errors say that `option` names the field.
+
+        Raises:
+            DataError: as above, or the field is not there or holds no text.
+        """
+        value, place = self[row], self.place(row)
+        if field not in value:
+            raise DataError(f"{place} has no field {field!r} ({option}); its fields: {names_in(value)}")
+        return text_of(value[field], f"field {field!r} of {place}")
+
+
+class JsonLinesFile:
+    """One document a line. The first one is checked here, the others when they are read."""
+
+    def __init__(self, path: Path, name: str, field: str):
+        self._objects, self._name, self._field = JsonLines(path), name, field
+        if len(self):
+            self.text(0)
+
+    def __len__(self) -> int:
+        return len(self._objects)
+
+    def name(self, row: int) -> str:
+        return f"{self._name}:{self._objects.line(row)}"
+
+    def text(self, row: int) -> str:
+        return self._objects.text(row, self._field, "data.text_field")
 
 
 class ParquetFile:
@@ -133,7 +163,7 @@ class ParquetFile:
             raise DataError(f"{path} is not a readable Parquet file: {str(error).splitlines()[0]}") from error
         with file:
             if column not in file.schema_arrow.names:
-                names = _list(file.schema_arrow.names)
+                names = names_in(file.schema_arrow.names)
                 raise DataError(f"{path} has no column {column!r} (data.text_field); its columns: {names}")
             rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
         self._group_ends = list(accumulate(rows))
@@ -150,7 +180,7 @@ class ParquetFile:
         group = bisect_right(self._group_ends, row)
         first_row = self._group_ends[group - 1] if group else 0
         value = _row_group(self._path, group, self._column)[row - first_row].as_py()
-        return _text(value, f"column {self._column!r} of {self._path}:{row}")
+        return text_of(value, f"column {self._column!r} of {self._path}:{row}")
 
 
 @lru_cache(maxsize=4)
@@ -162,7 +192,8 @@ def _row_group(path: Path, group: int, column: str) -> Any:
         return file.read_row_group(group, columns=[column]).column(0)
 
 
-def _text(value: Any, place: str) -> str:
+def text_of(value: Any, place: str) -> str:
+    """`value` as a text that can be tokenised. Raises DataError: it is none."""
     if not isinstance(value, str):
         raise DataError(f"{place} holds {type(value).__name__}, not text")
     # JSON can spell half a surrogate pair, which no tokenizer takes; it becomes U+FFFD.
@@ -188,5 +219,6 @@ def _read(path: Path) -> bytes:
         return file.read()
 
 
-def _list(names: Any) -> str:
+def names_in(names: Any) -> str:
+    """Names in a row, for an error."""
     return ", ".join(map(str, names)) or "none"

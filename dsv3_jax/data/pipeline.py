@@ -5,10 +5,11 @@ A batch is a dict of int32 arrays [batch_size, sequence_length + 1], in training
     segment_ids   the document a token belongs to, counted from 1 in its row (all 1 unless data.isolate_documents);
                   0 is padding
     positions     0, 1, 2, ... in the row, or in the document's piece of it with data.isolate_documents
+    learnt        of chats only (chat_rows.py): 1 for tokens to be predicted, 0 for those of prompts
 Every document stands as [beginning] text [end] in the stream.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -33,33 +34,27 @@ READ_AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=64)
 ROWS_SHUFFLED = 1024
 
 
-class TrainingBatches(Iterator[dict[str, RowBlocks]]):
-    """Endless batches of shuffled rows; `config.seed` and `data.streams` decide everything.
+class StreamedBatches(Iterator[dict[str, RowBlocks]]):
+    """Endless batches of rows from several streams.
 
     Of each batch the rows of some of the streams, as blocks by their first row. `get_state()` fits JSON and counts only
     what has been consumed: another iterator that `set_state` gives it continues token for token. `close()` ends its
     threads.
-
-    Raises:
-        DataError, ConfigError: as `training_rows`.
     """
 
-    def __init__(
-        self, source: DocumentSource, tokenizer: Tokenizer, config: Config, streams: Iterable[int] | None = None
-    ):
-        self._end, self._isolate = special_tokens(tokenizer).end, config.data.isolate_documents
-        self._rows = config.training.batch_size // config.data.streams
-        streams = range(config.data.streams) if streams is None else streams
-        self._streams = {stream: iter(_shuffled_rows(source, tokenizer, config, stream)) for stream in streams}
+    def __init__(self, streams: Mapping[int, grain.DatasetIterator], rows_a_stream: int):
+        """`streams`: by their number, the iterators over `rows_a_stream` rows each."""
+        self._streams, self._rows = streams, rows_a_stream
+
+    def fields(self, rows: Any) -> dict[str, np.ndarray]:
+        """The arrays of a batch, of what a stream's iterator gave."""
+        raise NotImplementedError
 
     def __next__(self) -> dict[str, RowBlocks]:
-        batch: dict[str, RowBlocks] = {"tokens": {}, "segment_ids": {}, "positions": {}}
+        batch: dict[str, RowBlocks] = {}
         for stream, rows in self._streams.items():
-            tokens_BS, first = next(rows), stream * self._rows
-            batch["tokens"][first] = tokens_BS
-            batch["segment_ids"][first], batch["positions"][first] = segments_and_positions(
-                tokens_BS, self._end, self._isolate
-            )
+            for name, block in self.fields(next(rows)).items():
+                batch.setdefault(name, {})[stream * self._rows] = block
         return batch
 
     def get_state(self) -> dict[str, Any]:
@@ -73,6 +68,28 @@ class TrainingBatches(Iterator[dict[str, RowBlocks]]):
     def close(self) -> None:
         for rows in self._streams.values():
             rows.close()
+
+
+class TrainingBatches(StreamedBatches):
+    """Batches of shuffled rows of documents; `config.seed` and `data.streams` decide everything.
+
+    Raises:
+        DataError, ConfigError: as `training_rows`.
+    """
+
+    def __init__(
+        self, source: DocumentSource, tokenizer: Tokenizer, config: Config, streams: Iterable[int] | None = None
+    ):
+        self._end, self._isolate = special_tokens(tokenizer).end, config.data.isolated
+        streams = range(config.data.streams) if streams is None else streams
+        super().__init__(
+            {stream: iter(_shuffled_rows(source, tokenizer, config, stream)) for stream in streams},
+            config.training.batch_size // config.data.streams,
+        )
+
+    def fields(self, rows: Any) -> dict[str, np.ndarray]:
+        segment_ids_BS, positions_BS = segments_and_positions(rows, self._end, self._isolate)
+        return {"tokens": rows, "segment_ids": segment_ids_BS, "positions": positions_BS}
 
 
 def _shuffled_rows(source: DocumentSource, tokenizer: Tokenizer, config: Config, stream: int) -> grain.IterDataset:
@@ -126,7 +143,7 @@ def validation_batches(source: DocumentSource, tokenizer: Tokenizer, config: Con
         for index, row in enumerate(batch):
             tokens_BS[index, : len(row)] = row
             real_BS[index, : len(row)] = True
-        segment_ids_BS, positions_BS = segments_and_positions(tokens_BS, special.end, config.data.isolate_documents)
+        segment_ids_BS, positions_BS = segments_and_positions(tokens_BS, special.end, config.data.isolated)
         yield {
             "tokens": tokens_BS,
             "segment_ids": np.where(real_BS, segment_ids_BS, 0),
@@ -135,8 +152,8 @@ def validation_batches(source: DocumentSource, tokenizer: Tokenizer, config: Con
 
 
 def validation_bytes(source: DocumentSource) -> bytes:
-    """The text the validation tokens stand for, for comparison with general-purpose compressors."""
-    return b"".join(document.text.encode() for document in source)
+    """The text that the predicted validation tokens stand for, for comparison with general-purpose compressors."""
+    return b"".join(document.predicted.encode() for document in source)
 
 
 def training_tokens(

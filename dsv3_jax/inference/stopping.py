@@ -1,8 +1,14 @@
 """Where a text ends before the model ends it: at strings and at tokens the caller names."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from tokenizers import Tokenizer
+
+from dsv3_jax.data.tokenizer import special_tokens
+from dsv3_jax.inference.chat import ChatTemplate
+from dsv3_jax.inference.chat_rendering import ChatError
 from dsv3_jax.inference.sampling import SamplingError
 
 
@@ -56,6 +62,40 @@ class StopWatch:
         """What is still held back, once no more text comes."""
         rest, self._held = self._held, ""
         return rest
+
+
+def stop_ids(files: Mapping[str, str] | None, tokenizer: Tokenizer) -> frozenset[int]:
+    """The token that ends a document, and those with which a model's own settings end an answer.
+
+    `files`: texts of the Hugging Face directory that the model came from; generation_config.json is looked at.
+    """
+    ids = {special_tokens(tokenizer).end}
+    try:
+        settings = json.loads((files or {}).get("generation_config.json", "{}"))
+    except ValueError:
+        settings = {}
+    named = settings.get("eos_token_id") if isinstance(settings, dict) else None
+    for token in named if isinstance(named, list) else [named]:
+        if isinstance(token, int) and tokenizer.id_to_token(token) is not None:
+            ids.add(token)
+    return frozenset(ids)
+
+
+def turn_end(template: ChatTemplate, tokenizer: Tokenizer) -> int:
+    """The token that ends an assistant's turn: the special one that the template writes after it, else the one that
+    ends a document, without which a model that learns from chats would never learn to stop.
+
+    Raises:
+        ChatError: the template leaves out what the assistant says.
+    """
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    spoken = template.token_ids(chat, continue_final_message=True)
+    whole = template.token_ids(chat, add_generation_prompt=False)
+    if whole[: len(spoken)] != spoken:
+        raise ChatError("the chat template does not write an assistant's message as it is")
+    special = {index for index, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    after = whole[len(spoken) : len(spoken) + 1]
+    return after[0] if after and after[0] in special else special_tokens(tokenizer).end
 
 
 def _overlap(text: str, string: str) -> int:

@@ -13,6 +13,7 @@ from dsv3_jax import tasks
 from dsv3_jax.config import Config, ConfigError
 from dsv3_jax.inference.chat import ChatTemplate, chat_template
 from dsv3_jax.inference.reasoning import OPENING, opens_thinking
+from dsv3_jax.inference.stopping import turn_end
 from dsv3_jax.model.functional import Tree
 from dsv3_jax.posttraining.grpo_batch import Sample
 from dsv3_jax.posttraining.rewards import Response, Reward, reward_of
@@ -60,13 +61,10 @@ def open_rollouts(config: Config, mesh: Mesh, tokenizer: Tokenizer, files: Mappi
         ChatError: no chat template for this tokenizer.
         PlacementError: a mesh that models cannot generate on.
     """
-    sampler, verifiers = (
-        Sampler(config, mesh, tokenizer),
-        Verifiers(config.grpo.verifiers, config.grpo.verifier_seconds),
-    )
-    rollouts = Rollouts(
-        config, tasks.build(config.task), sampler, chat_template(files, tokenizer), tokenizer, verifiers
-    )
+    template = chat_template(files, tokenizer)
+    sampler = Sampler(config, mesh, tokenizer, turn_end(template, tokenizer))
+    verifiers = Verifiers(config.grpo.verifiers, config.grpo.verifier_seconds)
+    rollouts = Rollouts(config, tasks.build(config.task), sampler, template, tokenizer, verifiers)
     for problem in (rollouts.task.problem(0), *rollouts.task.validation, *rollouts.task.held_out):
         rollouts.prompt_ids(problem)
     return rollouts

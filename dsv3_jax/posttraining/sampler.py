@@ -45,15 +45,19 @@ class Sampler:
     A response depends on parameters, prompt and stream alone: not on the mesh, nor on the other rows.
     """
 
-    def __init__(self, config: Config, mesh: Mesh, tokenizer: Tokenizer):
-        """Raises PlacementError for a mesh that models cannot generate on."""
+    def __init__(self, config: Config, mesh: Mesh, tokenizer: Tokenizer, end: int):
+        """`end`: the token that ends a response.
+
+        Raises:
+            PlacementError: a mesh that models cannot generate on.
+        """
         check_mesh(mesh)
         check_one_process(mesh)
         self._grpo = config.grpo
         model = config.model.to_run
         skeleton, several = to_run(skeleton_of(model)), mesh if mesh.size > 1 else None
-        self.vocabulary = Vocabulary.of(tokenizer, model.vocabulary)
-        self.end = int(self.vocabulary.end)
+        self.vocabulary = Vocabulary.of(tokenizer, model.vocabulary)._replace(end=jnp.int32(end))
+        self.end = end
 
         def ready(parameters: Tree, router_bias: Tree) -> Transformer:
             whole = put_together(skeleton, parameters, router_bias)

@@ -49,8 +49,8 @@ class CountdownProblem:
         return verdict_on(True, float(value == self.target and sorted(used) == sorted(self.numbers)))
 
     def demonstration(self) -> str:
-        lines = [f"{', '.join(attempt.steps)} no" for attempt in self.failures]
-        return in_response_form("\n".join([*lines, f"{', '.join(self.solution.steps)} yes"]), self.solution.expression)
+        lines = [f"{','.join(attempt.steps)} no" for attempt in self.failures]
+        return in_response_form("\n".join([*lines, f"{','.join(self.solution.steps)} yes"]), self.solution.expression)
 
 
 def countdown(config: TaskConfig) -> GeneratedTask[CountdownProblem]:
@@ -87,8 +87,8 @@ def attempted(numbers: Sequence[int], largest: int, stream: random.Random) -> At
             continue
         left.remove((first, of_first))
         left.remove((second, of_second))
-        steps.append(f"{first} {operator} {second} = {result}")
-        left.append((result, f"({of_first} {operator} {of_second})"))
+        steps.append(f"{first}{operator}{second}={result}")
+        left.append((result, f"({of_first}{operator}{of_second})"))
     return Attempt(tuple(steps), left[0][1].removeprefix("(").removesuffix(")"), left[0][0])
 
 

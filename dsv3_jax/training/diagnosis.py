@@ -64,9 +64,9 @@ def _tensors(
 def _finite_blocks(state: TrainState, batch: Batch, config: Config, skeleton: Skeleton) -> Array:
     """bool [L + 1]: whether the residual stream is finite after the embedding and after each block."""
     model = put_together(skeleton, state.parameters, state.router_bias)
-    tokens_BS, segment_ids_BS, positions_BS = (context_part(rows[:, :-1]) for rows in batch)
+    tokens_BS, segment_ids_BS, positions_BS = (context_part(rows[:, :-1]) for rows in batch[:3])
     present_BS = segment_ids_BS > 0
-    isolated_BS = segment_ids_BS if config.data.isolate_documents else None
+    isolated_BS = segment_ids_BS if config.data.isolated else None
     by = rotation(config.model, positions_BS)
 
     def body(block, x_BSD: Array, _):

@@ -41,8 +41,8 @@ def make_evaluate(config: Config, skeleton: Skeleton, mesh: Mesh) -> Callable[[T
     def summed_loss(parameters: Tree, router_bias: Tree, batch: Batch) -> tuple[Array, Array]:
         model = put_together(skeleton, parameters, router_bias)
         ahead = Targets(*map(context_part, targets(batch, mtp_depth=0)))
-        tokens_BS, segment_ids_BS, positions_BS = (context_part(rows[:, :-1]) for rows in batch)
-        isolated_BS = segment_ids_BS if config.data.isolate_documents else None
+        tokens_BS, segment_ids_BS, positions_BS = (context_part(rows[:, :-1]) for rows in batch[:3])
+        isolated_BS = segment_ids_BS if config.data.isolated else None
         hidden_BSD, _ = model.hidden_states(tokens_BS, positions_BS, isolated_BS)
         loss = cross_entropy(
             model.norm(hidden_BSD).reshape(-1, config.model.width),

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dsv3_jax.config import Config
-from dsv3_jax.data.pipeline import TrainingBatches
+from dsv3_jax.data.pipeline import StreamedBatches
 from dsv3_jax.errors import UserError
 from dsv3_jax.model.functional import Skeleton
 from dsv3_jax.processes import everyones_text, on_any_process
@@ -45,7 +45,7 @@ class LoopResult(NamedTuple):
 class Surroundings(NamedTuple):
     """What the loop talks to."""
 
-    batches: TrainingBatches
+    batches: StreamedBatches
     checkpoints: Checkpoints
     log: MetricsLog
     progress: Progress

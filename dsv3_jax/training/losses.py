@@ -19,6 +19,8 @@ class Batch(NamedTuple):
     segment_ids: Any
     """Document of each token within the row, from 1; 0 is padding. All 1 when documents are not isolated."""
     positions: Any
+    learnt: Any = None
+    """1 for tokens to be predicted, 0 for those that are only read, as prompts are; None: all are to be predicted."""
 
 
 class Targets(NamedTuple):
@@ -27,7 +29,7 @@ class Targets(NamedTuple):
     following: Array
     """int32 [B, S, mtp_depth + 1]: token 1, 2, ... after each position; 0 past the row's end."""
     counted: Array
-    """bool, same shape: the token exists and belongs to the position's own document."""
+    """bool, same shape: the token exists, belongs to the position's own document, and is to be predicted."""
 
 
 class LossWeights(NamedTuple):
@@ -66,7 +68,10 @@ def targets(batch: Batch, mtp_depth: int) -> Targets:
         following.append(jnp.pad(batch.tokens[:, shift:], missing)[:, :sequence])
         # Padding has segment 0, and so has everything past the end of the row.
         segment = jnp.pad(batch.segment_ids[:, shift:], missing)[:, :sequence]
-        counted.append((segment == batch.segment_ids[:, :sequence]) & (segment > 0))
+        own = (segment == batch.segment_ids[:, :sequence]) & (segment > 0)
+        # The mask goes with the token that is predicted: of depth k it is rolled as far as the labels are.
+        learnt = True if batch.learnt is None else jnp.pad(batch.learnt[:, shift:], missing)[:, :sequence] > 0
+        counted.append(own & learnt)
     return Targets(jnp.stack(following, axis=-1), jnp.stack(counted, axis=-1))
 
 
@@ -79,7 +84,7 @@ def loss_sums(model: Transformer, batch: Batch, *, isolate_documents: bool) -> t
     """Sums of every loss over the batch, and the load [.., E] of every router in the order of `router_biases`."""
     config = model.model
     ahead = Targets(*map(context_part, targets(batch, config.mtp_depth)))
-    tokens_BS, document_BS, positions_BS = (context_part(rows[:, :-1]) for rows in batch)
+    tokens_BS, document_BS, positions_BS = (context_part(rows[:, :-1]) for rows in batch[:3])
     present_BS = document_BS > 0
     segment_ids_BS = document_BS if isolate_documents else None
     hidden_BSD, of_blocks = model.hidden_states(tokens_BS, positions_BS, segment_ids_BS, present_BS)

@@ -10,10 +10,13 @@ import jax
 from tokenizers import Tokenizer
 
 from dsv3_jax.config import Config
+from dsv3_jax.data.chats import ChatCorpus
 from dsv3_jax.data.corpus import Corpus
 from dsv3_jax.data.pipeline import validation_bytes
 from dsv3_jax.files import write_atomically
+from dsv3_jax.inference.chat import ChatTemplate
 from dsv3_jax.inference.completion import Completion, complete
+from dsv3_jax.inference.reasoning import CLOSING, OPENING
 from dsv3_jax.inference.sampling import Sampling
 from dsv3_jax.model.functional import put_together, skeleton_of
 from dsv3_jax.training.compression import bits_per_byte
@@ -33,6 +36,8 @@ class Run(NamedTuple):
     workdir: Path
     corpus: Corpus
     tokenizer: Tokenizer
+    template: ChatTemplate | None = None
+    """Of a model that learnt from chats."""
 
 
 def write_report(run: Run, result: LoopResult, evaluation: Evaluation, matmul_rate: float) -> None:
@@ -44,8 +49,8 @@ def write_report(run: Run, result: LoopResult, evaluation: Evaluation, matmul_ra
     print_summary(run.workdir, summary)
     prompt = held_out_prompt(run.corpus)
     if run.config.training.sample_tokens and jax.process_count() == 1:
-        print_sample(sample(run, result.state, prompt))
-    print_next_command(run.workdir, prompt)
+        print_sample(sample(run, result.state, prompt), chat=run.template is not None)
+    print_next_command(run.workdir, prompt, chat=run.template is not None)
     # Last: a workdir with a summary has had its whole report.
     write_atomically(run.workdir / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
 
@@ -102,7 +107,11 @@ def print_summary(workdir: Path, summary: dict[str, Any]) -> None:
 
 
 def held_out_prompt(corpus: Corpus) -> str:
-    """The first lines of a document the model has not seen: one more than a hundred characters into it."""
+    """The first lines of a document the model has not seen: one more than a hundred characters into it. Of chats what
+    a user said first."""
+    if isinstance(corpus, ChatCorpus):
+        messages = next(iter(corpus.validation)).messages
+        return next((message["content"] for message in messages if message["role"] == "user"), "")
     text = next((document.text for document in corpus.validation if len(document.text) > PROMPT_CHARACTERS), "")
     return text[:PROMPT_CHARACTERS].rpartition("\n")[0] + "\n" if "\n" in text[:PROMPT_CHARACTERS] else text[:40]
 
@@ -112,17 +121,25 @@ def sample(run: Run, state: TrainState, prompt: str) -> Completion:
     trees = jax.device_put((state.parameters, state.router_bias), jax.local_devices()[0])
     model = put_together(skeleton_of(run.config.model.to_run), *trees)
     (completion,) = complete(
-        model, run.tokenizer, [prompt], Sampling(seed=run.config.seed), run.config.training.sample_tokens
+        model,
+        run.tokenizer,
+        [prompt],
+        Sampling(seed=run.config.seed),
+        run.config.training.sample_tokens,
+        chat=run.template,
     )
     return completion
 
 
-def print_sample(completion: Completion) -> None:
-    print("\nsample, continuing the first lines of a held-out document:\n")
-    print(textwrap.indent(completion.prompt, "  > ", lambda line: True) + textwrap.indent(completion.text, "    "))
+def print_sample(completion: Completion, *, chat: bool = False) -> None:
+    what = "answering a held-out chat" if chat else "continuing the first lines of a held-out document"
+    print(f"\nsample, {what}:\n")
+    prompt = textwrap.indent(completion.prompt, "  > ", lambda line: True)
+    thinking = f"{OPENING}{completion.reasoning}{CLOSING}" if completion.reasoning else ""
+    print(prompt + "\n" * chat + textwrap.indent(thinking + completion.text, "    "))
 
 
-def print_next_command(workdir: Path, prompt: str) -> None:
+def print_next_command(workdir: Path, prompt: str, *, chat: bool = False) -> None:
     first_line = prompt.strip().partition("\n")[0]
-    command = ["python", "infer.py", f"--checkpoint={workdir}", f"--prompt={first_line}"]
+    command = ["python", "infer.py", f"--checkpoint={workdir}", f"--prompt={first_line}", *["--chat"] * chat]
     print(f"\nnext:\n  {shlex.join(command)}")

@@ -82,7 +82,8 @@ def compile_train_step(config: Config, skeleton: Skeleton, mesh: Mesh) -> TrainS
     shape = config.training.batch_size, config.training.sequence_length + 1
     rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, row_spec(mesh)))
     state = abstract_state(config, skeleton, mesh)
-    return make_train_step(config, skeleton, mesh).lower(state, Batch(rows, rows, rows)).compile()
+    batch = Batch(rows, rows, rows, rows if config.data.kind == "chats" else None)
+    return make_train_step(config, skeleton, mesh).lower(state, batch).compile()
 
 
 def accumulated_gradients(
@@ -98,7 +99,7 @@ def accumulated_gradients(
 
     def part_loss(parameters: Tree, part: Batch) -> tuple[Array, tuple[Losses, list[Array]]]:
         model = put_together(skeleton, parameters, state.router_bias)
-        sums, loads = loss_sums(model, part, isolate_documents=config.data.isolate_documents)
+        sums, loads = loss_sums(model, part, isolate_documents=config.data.isolated)
         means = mean_losses(sums, counts, config.model)
         return objective(means, weights, config.model), (means, loads)
 

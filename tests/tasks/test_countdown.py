@@ -27,7 +27,7 @@ def test_what_is_drawn_is_solved_by_its_own_demonstration():
         assert eval(problem.solution.expression) == problem.target
         for attempt in (problem.solution, *problem.failures):
             for step in attempt.steps:
-                calculation, _, result = step.partition(" = ")
+                calculation, _, result = step.partition("=")
                 assert eval(calculation) == int(result) and 1 <= int(result) <= 99
             assert (attempt.result == problem.target) == (attempt is problem.solution)
 

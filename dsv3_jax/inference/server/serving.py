@@ -1,7 +1,5 @@
 """From the command line to a model that is served."""
 
-import json
-
 from tokenizers import Tokenizer
 
 from dsv3_jax.config import ModelConfig
@@ -15,6 +13,7 @@ from dsv3_jax.inference.server.protocol import MOST_PROMPTS
 from dsv3_jax.inference.server.running import bound, run
 from dsv3_jax.inference.server.scoring import Scorer
 from dsv3_jax.inference.server.service import Service
+from dsv3_jax.inference.stopping import stop_ids
 from dsv3_jax.inference.weights import ready_to_decode
 from dsv3_jax.layout import mesh_to_run
 from dsv3_jax.loading import load_opened
@@ -60,7 +59,7 @@ def load_service(arguments: InferArguments) -> tuple[Service, Engine]:
         tokenizer,
         arguments.checkpoint.resolve().name,
         min(config.model.maximum_positions, engine.most_positions),
-        stop_ids(opened, tokenizer),
+        stop_ids((opened.hugging_face or {}).get("files"), tokenizer),
         share=cache_positions(engine) // arguments.slots,
         chat=_chat_template(opened, tokenizer),
         score=Scorer(model, tokenizer),
@@ -85,21 +84,6 @@ def routing(model: ModelConfig) -> dict[str, int]:
 def cache_positions(engine: Engine) -> int:
     now = engine.statistics()
     return (now.pages_used + now.pages_free + now.pages_cached) * PAGE_SIZE
-
-
-def stop_ids(opened: OpenedModel, tokenizer: Tokenizer) -> frozenset[int]:
-    """The token that ends a document, and those with which the model's own settings end an answer."""
-    ids = {special_tokens(tokenizer).end}
-    files = (opened.hugging_face or {}).get("files", {})
-    try:
-        settings = json.loads(files.get("generation_config.json", "{}"))
-    except ValueError:
-        settings = {}
-    named = settings.get("eos_token_id") if isinstance(settings, dict) else None
-    for token in named if isinstance(named, list) else [named]:
-        if isinstance(token, int) and tokenizer.id_to_token(token) is not None:
-            ids.add(token)
-    return frozenset(ids)
 
 
 def special_texts(tokenizer: Tokenizer) -> dict[str, str]:

@@ -12,14 +12,14 @@ import pytest
 
 import infer
 from configs.tiny import config as tiny
-from dsv3_jax.convert.opening import open_model
 from dsv3_jax.data.tokenizer import train_tokenizer
 from dsv3_jax.errors import UserError
 from dsv3_jax.inference.arguments import parse_infer
 from dsv3_jax.inference.chat import chat_template
 from dsv3_jax.inference.completion import complete
 from dsv3_jax.inference.sampling import Sampling
-from dsv3_jax.inference.server.serving import serve, special_texts, stop_ids
+from dsv3_jax.inference.server.serving import serve, special_texts
+from dsv3_jax.inference.stopping import stop_ids
 from dsv3_jax.loading import load
 from dsv3_jax.model.functional import initialize
 from dsv3_jax.training.checkpoint import Checkpoints
@@ -87,14 +87,13 @@ def test_a_server_answers_as_the_model_does_and_ends_when_it_is_asked_to(workdir
     assert (served.returncode, out, error) == (0, "", "")
 
 
-def test_what_ends_a_text_and_what_the_tokens_are(workdir):
-    opened = open_model(workdir)
+def test_what_ends_a_text_and_what_the_tokens_are():
     tokenizer = train_tokenizer(["x"], 320)
-    assert stop_ids(opened, tokenizer) == {1}
+    assert stop_ids(None, tokenizer) == stop_ids({}, tokenizer) == {1}
     for value, expected in ((3, {1, 3}), ([3, 4, 999, "x"], {1, 3, 4}), ("x", {1})):
         files = {"generation_config.json": json.dumps({"eos_token_id": value})}
-        assert stop_ids(opened._replace(hugging_face={"files": files}), tokenizer) == expected
-    assert stop_ids(opened._replace(hugging_face={"files": {"generation_config.json": "{"}}), tokenizer) == {1}
+        assert stop_ids(files, tokenizer) == expected
+    assert stop_ids({"generation_config.json": "{"}, tokenizer) == {1}
     assert special_texts(tokenizer)["eos_token"] == "<｜end▁of▁sentence｜>"
 
 

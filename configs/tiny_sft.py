@@ -1,0 +1,49 @@
+"""Fine-tuning in miniature: a small model learns to answer a task from worked solutions, well enough to be improved.
+
+python train.py --config=tiny_sft
+"""
+
+from dsv3_jax.config import Config, DataConfig, LossConfig, ModelConfig, OptimizerConfig, TrainingConfig
+
+config = Config(
+    model=ModelConfig(
+        vocabulary=384,
+        width=96,
+        layers=3,
+        dense_layers=1,
+        dense_ffn_width=192,
+        heads=4,
+        query_latent=48,
+        key_value_latent=32,
+        nope_head_dim=24,
+        rope_head_dim=8,
+        value_head_dim=24,
+        experts=8,
+        experts_per_token=2,
+        shared_experts=1,
+        expert_ffn_width=32,
+        expert_groups=4,
+        groups_per_token=2,
+        score_function="sigmoid",
+        group_score="top2_sum",
+        normalize_weights=True,
+        routed_scale=2.5,
+        selection_bias=True,
+        mtp_depth=1,
+        maximum_positions=512,
+        initializer_std=0.05,
+        precision="float32",
+        remat="none",
+    ),
+    data=DataConfig(kind="chats", path="task"),
+    training=TrainingConfig(tokens=1_228_800, sequence_length=256, batch_size=8),
+    optimizer=OptimizerConfig(
+        learning_rate=5e-3,
+        warmup_steps=40,
+        constant_until=0.0,
+        cosine_until=1.0,
+        first_tail_until=1.0,
+        first_tail_ratio=0.1,
+    ),
+    loss=LossConfig(bias_speed=0.01),
+)
