@@ -54,7 +54,7 @@ class Packed(NamedTuple):
     batch: GRPOBatch
     places: list[Place]
     """Of the samples, in their order."""
-    used: int
+    used: np.int32
     """Microbatches with anything in them."""
 
     def with_values(self, **of_samples: Sequence[float] | np.ndarray) -> "Packed":
@@ -101,7 +101,7 @@ def packed(samples: Sequence[Sample], rows: int, length: int, microbatches: int,
             places[index] = _put(batch, samples[index], row, start, segment)
             start += samples[index].positions
     filled = -(-len(bins) // shards)
-    return Packed(batch, places, -(-filled // (of_shard // microbatches)))
+    return Packed(batch, places, np.int32(-(-filled // (of_shard // microbatches))))
 
 
 def _empty(like: Sample, rows: int, length: int) -> GRPOBatch:

@@ -1,13 +1,13 @@
 """One update of GRPO: a pure function from state and packed responses to state and metrics."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from dsv3_jax.config import Config
 from dsv3_jax.model.functional import Skeleton, Tree, parameter_specs, put_together
@@ -38,13 +38,13 @@ class GRPOMetrics(NamedTuple):
     """bool; False: the state was left as it was."""
 
 
-GRPOStep = Callable[[GRPOState, GRPOBatch, int], tuple[GRPOState, GRPOMetrics]]
-Scorer = Callable[[Tree, Tree, GRPOBatch, int], Array]
+GRPOStep = Callable[[GRPOState, GRPOBatch, Any], tuple[GRPOState, GRPOMetrics]]
+Scorer = Callable[[Tree, Tree, GRPOBatch, Any], Array]
 
 
-def make_grpo_step(config: Config, skeleton: Skeleton, mesh: Mesh, known_W: np.ndarray) -> GRPOStep:
-    """The jitted update of [batch_size, sequence_length] positions, of which the first `used` microbatches count; it
-    consumes its state's buffers.
+def make_grpo_step(config: Config, skeleton: Skeleton, mesh: Mesh, known_W: np.ndarray) -> jax.stages.Wrapped:
+    """The jitted update, of state, a batch [batch_size, sequence_length] and the int32 number of its microbatches that
+    hold anything; it consumes its state's buffers.
 
     `known_W` marks the ids that the sampler can draw.
     """
@@ -77,12 +77,12 @@ def make_grpo_step(config: Config, skeleton: Skeleton, mesh: Mesh, known_W: np.n
 
     specs = grpo_state_specs(config, skeleton, mesh)
     on_devices = on_mesh(update, mesh, (specs, row_spec(mesh), PartitionSpec()), (specs, PartitionSpec()))
-    step = jax.jit(on_devices, donate_argnums=0)
-    return lambda state, batch, used: step(state, placed(batch, mesh), np.int32(used))
+    return jax.jit(on_devices, donate_argnums=0)
 
 
-def make_scorer(config: Config, skeleton: Skeleton, mesh: Mesh, known_W: np.ndarray) -> Scorer:
-    """A jitted function: log probabilities of all labels, float32 [B, S], in the first `used` microbatches; 0 after."""
+def make_scorer(config: Config, skeleton: Skeleton, mesh: Mesh, known_W: np.ndarray) -> jax.stages.Wrapped:
+    """A jitted function of parameters, router bias, a batch and its number of microbatches: log probabilities of all
+    labels, float32 [B, S]."""
 
     def score(parameters: Tree, router_bias: Tree, batch: GRPOBatch, used: Array) -> Array:
         model, count = put_together(skeleton, parameters, router_bias), config.training.microbatches
@@ -96,12 +96,7 @@ def make_scorer(config: Config, skeleton: Skeleton, mesh: Mesh, known_W: np.ndar
         return jax.lax.fori_loop(0, used, add, start).reshape(batch.tokens.shape)
 
     specs = (*parameter_specs(skeleton, mesh), row_spec(mesh), PartitionSpec())
-    scorer = jax.jit(on_mesh(score, mesh, specs, row_spec(mesh)))
-    return lambda parameters, bias, batch, used: scorer(parameters, bias, placed(batch, mesh), np.int32(used))
-
-
-def placed(batch: GRPOBatch, mesh: Mesh) -> GRPOBatch:
-    return jax.device_put(batch, NamedSharding(mesh, row_spec(mesh)))
+    return jax.jit(on_mesh(score, mesh, specs, row_spec(mesh)))
 
 
 def policy(model: Transformer, batch: GRPOBatch, config: Config, known_W: np.ndarray) -> tuple[Array, TokenLogprobs]:

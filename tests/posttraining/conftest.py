@@ -14,7 +14,7 @@ from dsv3_jax.grpo_config import GRPOConfig
 from dsv3_jax.model.functional import abstract_trees, skeleton_of
 
 MODEL = dataclasses.replace(
-    tiny.model, vocabulary=320, width=16, layers=3, dense_ffn_width=24, heads=2, query_latent=8, key_value_latent=8,
+    tiny.model, vocabulary=320, width=16, layers=2, dense_layers=0, heads=2, query_latent=8, key_value_latent=8,
     nope_head_dim=4, rope_head_dim=4, value_head_dim=4, experts=8, experts_per_token=2, expert_ffn_width=8,
     expert_groups=4, groups_per_token=2, mtp_depth=1, maximum_positions=128,
 )  # fmt: skip
