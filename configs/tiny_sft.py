@@ -36,9 +36,9 @@ config = Config(
         remat="none",
     ),
     data=DataConfig(kind="chats", path="task"),
-    training=TrainingConfig(tokens=1_228_800, sequence_length=256, batch_size=8),
+    training=TrainingConfig(tokens=1_228_800, sequence_length=256, batch_size=4),
     optimizer=OptimizerConfig(
-        learning_rate=5e-3,
+        learning_rate=4e-3,
         warmup_steps=40,
         constant_until=0.0,
         cosine_until=1.0,

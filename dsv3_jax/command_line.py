@@ -18,7 +18,7 @@ import re
 import sys
 import traceback
 import typing
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
@@ -103,7 +103,17 @@ def parse_with_config(
         print(_general_help(program))
         raise SystemExit(0)
     name = given.get("config")
-    defaults = defaults_of(load_config(name), name or "")
+    arguments = parse_options(given, program, defaults_of(load_config(name), name or ""), wants_help)
+    check(arguments.config)
+    return arguments
+
+
+def parse_options(given: Mapping[str, str | None], program: str, defaults: A, wants_help: bool = False) -> A:
+    """`defaults`, with the values of the options that are given.
+
+    Raises:
+        ArgumentError: unknown option, missing or unreadable value.
+    """
     types = _field_types(type(defaults))
     for option in given:
         if option not in types:
@@ -114,9 +124,7 @@ def parse_with_config(
         if value is None:
             raise ArgumentError(f"--{option} needs a value: {expected(types[option])}")
         _require_readable(option, value, types[option], program, defaults)
-    arguments = _tyro([f"--{option}={value}" for option, value in given.items()], program, defaults)
-    check(arguments.config)
-    return arguments
+    return _tyro([f"--{option}={value}" for option, value in given.items()], program, defaults)
 
 
 def config_names() -> list[str]:

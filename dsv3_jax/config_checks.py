@@ -148,6 +148,13 @@ def check_task(task: TaskConfig) -> None:
         task.countdown_largest_target,
     )
     _at_most("task.arithmetic_digits", task.arithmetic_digits, "what a response may spell", 40)
+    _at_least("task.verifier_processes", task.verifier_processes, 1)
+    if not task.verifier_seconds > 0:
+        raise ConfigError(f"task.verifier_seconds={task.verifier_seconds} must be above 0")
+    if task.kind == "json_lines" and not task.path:
+        raise ConfigError("task.path='' is empty: task.kind=json_lines needs a .jsonl file")
+    if task.kind == "gym" and not task.gym_dataset:
+        raise ConfigError("task.gym_dataset='' is empty: task.kind=gym needs the name of a dataset, such as chain_sum")
     if not task.arithmetic_operators or set(task.arithmetic_operators) - set("+-*"):
         raise ConfigError(f"task.arithmetic_operators={task.arithmetic_operators!r} must be some of + - *")
 

@@ -67,9 +67,9 @@ def open_chats(config: Config) -> ChatCorpus:
     places = [(file, row) for file in range(len(files)) for row in range(len(files[file]))]
     if not places:
         raise DataError(f"data.path={data.path!r} holds no chat: {len(paths)} files, all empty")
-    held_out = chosen_by_name([f"{names[file]}:{files[file].line(row)}" for file, row in places], data.validation_share)
     chats = FileChats(files, np.array(places), data)
     chats[0]  # whoever named the wrong fields is told before anything is written
+    held_out = chosen_by_name([f"{names[file]}:{files[file].line(row)}" for file, row in places], data.validation_share)
     return ChatCorpus(chats.where(~held_out), chats.where(held_out))
 
 

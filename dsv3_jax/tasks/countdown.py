@@ -26,8 +26,11 @@ class CountdownProblem:
     numbers: tuple[int, ...]
     target: int
     solution: Attempt
-    failures: tuple[Attempt, ...]
-    """What the demonstration tries before."""
+    largest: int
+    """Of all numbers on the way to a result."""
+    most_failures: int
+    seed: int
+    """Of the attempts that are shown to fail."""
 
     @property
     def key(self) -> str:
@@ -48,25 +51,29 @@ class CountdownProblem:
             return verdict_on(True, 0.0)
         return verdict_on(True, float(value == self.target and sorted(used) == sorted(self.numbers)))
 
+    def failures(self) -> list[Attempt]:
+        """Different attempts with other results, 0 to `most_failures` of them."""
+        stream, found = random.Random(self.seed), dict[str, Attempt]()
+        for _ in range(stream.randint(0, self.most_failures)):
+            attempt = attempted(self.numbers, self.largest, stream)
+            if attempt.result != self.target:
+                found.setdefault(attempt.expression, attempt)
+        return list(found.values())
+
     def demonstration(self) -> str:
-        lines = [f"{','.join(attempt.steps)} no" for attempt in self.failures]
+        lines = [f"{','.join(attempt.steps)} no" for attempt in self.failures()]
         return in_response_form("\n".join([*lines, f"{','.join(self.solution.steps)} yes"]), self.solution.expression)
 
 
 def countdown(config: TaskConfig) -> GeneratedTask[CountdownProblem]:
     """`task.countdown_numbers` numbers from 1 to `task.countdown_largest_number`, targets up to
     `task.countdown_largest_target`, and demonstrations with up to `task.countdown_failures` attempts that fail."""
-    largest = config.countdown_largest_target
+    largest, most_failures = config.countdown_largest_target, config.countdown_failures
 
     def draw(stream: random.Random) -> CountdownProblem:
         numbers = tuple(stream.randint(1, config.countdown_largest_number) for _ in range(config.countdown_numbers))
         solution = attempted(numbers, largest, stream)
-        failures: dict[str, Attempt] = {}
-        for _ in range(stream.randint(0, config.countdown_failures)):
-            attempt = attempted(numbers, largest, stream)
-            if attempt.result != solution.result:
-                failures.setdefault(attempt.expression, attempt)
-        return CountdownProblem(numbers, solution.result, solution, tuple(failures.values()))
+        return CountdownProblem(numbers, solution.result, solution, largest, most_failures, stream.getrandbits(32))
 
     return GeneratedTask(config, draw)
 

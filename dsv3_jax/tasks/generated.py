@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Generic, Literal, Protocol, TypeVar
 
 from dsv3_jax.config import ConfigError, TaskConfig
-from dsv3_jax.tasks.problem import DemonstratedProblem
+from dsv3_jax.tasks.problem import Problem
 
 Split = Literal["train", "validation", "held_out"]
 VALIDATION_SHARE, HELD_OUT_SHARE = 0.1, 0.1
@@ -15,7 +15,7 @@ MOST_DRAWS = 50_000
 """For the problems of one split: a space that has not shown enough of them by then is too small."""
 
 
-class KeyedProblem(DemonstratedProblem, Protocol):
+class KeyedProblem(Problem, Protocol):
     @property
     def key(self) -> str:
         """The same of problems that differ in nothing but the order of their operands."""

@@ -3,7 +3,7 @@ import re
 import pytest
 
 from dsv3_jax import tasks
-from dsv3_jax.config import TaskConfig
+from dsv3_jax.config import ConfigError, TaskConfig
 from dsv3_jax.tasks.arithmetic import ArithmeticProblem
 
 TASK = tasks.build(TaskConfig(kind="arithmetic", arithmetic_digits=4))
@@ -44,3 +44,9 @@ def test_operators_and_digits_are_the_configs():
     problems = [task.problem(index) for index in range(200)]
     assert {problem.operator for problem in problems} == {"*"}
     assert {len(str(problem.left)) for problem in problems} == {1, 2, 3}
+
+
+def test_a_difficulty_with_too_few_problems_is_refused():
+    task = tasks.build(TaskConfig(kind="arithmetic", arithmetic_operators="+", arithmetic_digits=1))
+    with pytest.raises(ConfigError, match="task.held_out_problems=200 is more than task.kind=arithmetic has"):
+        task.held_out  # noqa: B018

@@ -15,7 +15,7 @@ from dsv3_jax.tasks.problem import DemonstratedProblem, answer_in
 OWN = [
     TaskConfig(),
     TaskConfig(kind="arithmetic"),
-    TaskConfig(countdown_numbers=2, validation_problems=20, held_out_problems=10),
+    TaskConfig(countdown_numbers=2, validation_problems=10, held_out_problems=10),
 ]
 
 
