@@ -177,7 +177,7 @@ def learn_from_rollouts(arguments: TrainArguments, interrupted: Callable[[], boo
         else:
             progress.message(f"stopped at step {int(result.state.step)}; the same command goes on from there")
     finally:
-        for resource in (progress, log, checkpoints, rollouts):
+        for resource in (progress, log, checkpoints):
             resource.close()
 
 

@@ -163,14 +163,14 @@ def check_grpo(config: Config) -> None:
     """Refuse rollouts that cannot be made or learnt from. Raises ConfigError."""
     grpo, training = config.grpo, config.training
     _at_least("grpo.group_size, whose responses are compared with each other,", grpo.group_size, 2)
-    for name in ("prompts", "updates_per_rollout", "prompt_tokens", "max_new_tokens", "verifiers"):
+    for name in ("prompts", "updates_per_rollout", "prompt_tokens", "max_new_tokens"):
         _at_least(f"grpo.{name}", getattr(grpo, name), 1)
     for name in (
         *("clip_low", "clip_high", "kl_weight", "reference_interval", "accuracy_weight", "format_weight"),
         *("language_weight", "overlong_penalty", "overlong_tokens", "evaluation_temperature"),
     ):
         _at_least(f"grpo.{name}", getattr(grpo, name), 0)
-    for name in ("temperature", "verifier_seconds", "importance_cap"):
+    for name in ("temperature", "importance_cap"):
         value = getattr(grpo, name)
         if value is not None and not value > 0:
             raise ConfigError(f"grpo.{name}={value} must be above 0")

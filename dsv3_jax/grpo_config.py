@@ -59,9 +59,5 @@ class GRPOConfig:
     """Taken off the reward of a truncated response."""
     overlong_tokens: int = 0
     """Last tokens before the longest response over which the penalty rises from 0 (DAPO)."""
-    verifiers: int = 2
-    """Processes that look at responses."""
-    verifier_seconds: float = 10.0
-    """Time a verifier has for one response; after it the response is left out, and the process replaced."""
     evaluation_temperature: float = 1.0
     """Of the samples that pass@1 and pass@k are counted over, k = group_size; 0: greedy."""

@@ -17,6 +17,7 @@ from dsv3_jax.posttraining.grpo_step import GRPOMetrics, GRPOStep, Scorer
 from dsv3_jax.posttraining.learning import Learning, learning_of
 from dsv3_jax.posttraining.rollout import Rollout, Rollouts
 from dsv3_jax.tasks import Problem
+from dsv3_jax.tasks.evaluation import figures
 from dsv3_jax.training.checkpoint import Checkpoints
 from dsv3_jax.training.loop import NotFiniteError
 from dsv3_jax.training.metrics import Metric, MetricsLog
@@ -86,9 +87,8 @@ def _learn_from_one(
 ) -> tuple[GRPOState, dict[str, Metric]]:
     """A rollout and all its updates; what is told of them."""
     rollout = around.rollouts.training(state.parameters, state.router_bias, number)
-    for verdict in (verdict for group in rollout.verdicts for verdict in group if verdict.failed is not None):
-        around.progress.message(f"rollout {number}: a response is left out: {verdict.failed}")
-        break
+    for reason, count in figures(rollout.judged).failed.items():
+        around.progress.message(f"rollout {number}: {count} responses are left out: {reason}")
     start = time.perf_counter()
     learning = learning_of(rollout, number, state, around.score, config, around.shards)
     metrics: list[GRPOMetrics] = []
@@ -109,34 +109,33 @@ def _learn_from_one(
 
 
 def evaluated(state: GRPOState, around: GRPOSurroundings, **splits: Sequence[Problem]) -> dict[str, Metric]:
-    """pass@1 and pass@k of each split."""
+    """pass@1, pass@2, pass@4 ... of each split."""
     values: dict[str, Metric] = {}
     for name, problems in splits.items():
-        one, several = around.rollouts.evaluation(state.parameters, state.router_bias, problems)
-        values |= {f"{name}_pass_at_1": one, f"{name}_pass_at_k": several}
+        found = around.rollouts.evaluation(state.parameters, state.router_bias, problems)
+        values |= {f"{name}_pass_at_{k}": share for k, share in found.pass_at.items()}
     return values
 
 
 def of_rollout(rollout: Rollout, learning: Learning) -> dict[str, Metric]:
     """What a rollout was: docs/grpo.md says what each number means."""
-    judged_PG = rollout.judged_PG
-    tokens = np.array([[response.tokens for response in group] for group in rollout.responses])
-    truncated = np.array([[response.truncated for response in group] for group in rollout.responses])
+    found, judged_PG, rewards_PG = figures(rollout.judged), rollout.judged_PG, learning.rewards_PG
+    mixed_P = learning.advantages.mixed_P
+    lengths = [len(one.response.token_ids) for group in rollout.judged for one in group]
 
     def mean(values_PG: np.ndarray) -> float:
         return float(values_PG[judged_PG].mean()) if judged_PG.any() else 0.0
 
     return {
-        "reward": mean(learning.rewards_PG),
+        "reward": mean(rewards_PG),
         **{f"reward_{name}": mean(rollout.column(name)) for name in rollout.rewards[0][0].parts},
-        "pass_at_1": mean(rollout.correct_PG),
-        "pass_at_k": float(rollout.correct_PG.any(axis=1).mean()),
-        "mixed_groups": float(learning.advantages.mixed_P.mean()),
-        "zero_variance_groups": int((~learning.advantages.mixed_P).sum()),
-        "verifier_failures": int((~judged_PG).sum()),
-        "response_tokens": float(tokens.mean()),
-        "response_tokens_max": int(tokens.max()),
-        "truncated": float(truncated.mean()),
+        **{f"pass_at_{k}": share for k, share in found.pass_at.items()},
+        "mixed_groups": float(mixed_P.mean()),
+        "zero_variance_groups": int((~mixed_P).sum()),
+        "verifier_failures": sum(found.failed.values()),
+        "response_tokens": found.tokens,
+        "response_tokens_max": max(lengths),
+        "truncated": 1 - found.ended,
         "sampling_seconds": rollout.sampling_seconds,
         "verifying_seconds": rollout.verifying_seconds,
     }

@@ -13,7 +13,7 @@ from dsv3_jax.training.metrics import read_metrics
 from dsv3_jax.training.plots import write_curves
 
 PANELS = {
-    "held out from training": {"validation_pass_at_1": "pass@1", "validation_pass_at_k": "pass@k"},
+    "validation": {"validation_pass_at_1": "pass@1", "validation_pass_at_8": "pass@8"},
     "reward": {"reward": "reward", "reward_accuracy": "accuracy", "reward_format": "format"},
     "nats a token": {"entropy": "entropy", "kl": "KL to the reference"},
     "tokens": {"response_tokens": "mean response"},
@@ -28,8 +28,7 @@ def write_grpo_report(workdir: Path, config: Config, result: GRPOResult, around:
     first = next(entry for entry in read_metrics(workdir / "metrics.jsonl") if entry["step"] == 0)
     summary = {
         **held_out,
-        "held_out_pass_at_1_before": first["held_out_pass_at_1"],
-        "held_out_pass_at_k_before": first["held_out_pass_at_k"],
+        **{f"{name}_before": value for name, value in first.items() if name.startswith("held_out")},
         "held_out_problems": len(around.rollouts.task.held_out),
         "group_size": config.grpo.group_size,
         "evaluation_temperature": config.grpo.evaluation_temperature,
@@ -42,7 +41,7 @@ def write_grpo_report(workdir: Path, config: Config, result: GRPOResult, around:
     state, number = result.state, config.training.steps // config.grpo.updates_per_rollout
     shown = around.rollouts.training(state.parameters, state.router_bias, number)
     print("\na response to a problem that was not trained on:\n")
-    print(textwrap.indent(shown.responses[0][0].text, "    "))
+    print(textwrap.indent(shown.judged[0][0].response.text, "    "))
     prompt = around.rollouts.task.held_out[0].prompt
     print("\nnext:\n  " + shlex.join(["python", "infer.py", f"--checkpoint={workdir}", "--chat", f"--prompt={prompt}"]))
     # Last: a workdir with a summary has had its whole report.
@@ -60,11 +59,12 @@ def repeat_grpo_report(workdir: Path) -> bool:
 
 def print_grpo_summary(workdir: Path, summary: dict[str, Any]) -> None:
     group, problems = summary["group_size"], summary["held_out_problems"]
+    of_one, of_group = "held_out_pass_at_1", f"held_out_pass_at_{group}"
     seconds = f" in {summary['seconds']:.0f} s" if summary["seconds"] else ""
     print(
         f"\ntrained     {summary['updates']:,} updates on {summary['responses']:,} responses{seconds}"
-        f"\nheld out    pass@1 {summary['held_out_pass_at_1_before']:.3f} -> {summary['held_out_pass_at_1']:.3f}, "
-        f"pass@{group} {summary['held_out_pass_at_k_before']:.3f} -> {summary['held_out_pass_at_k']:.3f}, "
+        f"\nheld out    pass@1 {summary[of_one + '_before']:.3f} -> {summary[of_one]:.3f}, "
+        f"pass@{group} {summary[of_group + '_before']:.3f} -> {summary[of_group]:.3f}, "
         f"of {problems} problems, {group} responses each at temperature {summary['evaluation_temperature']:g}"
         f"\nfiles       {workdir}: summary.json, metrics.jsonl, grpo.png, checkpoints, tensorboard"
     )

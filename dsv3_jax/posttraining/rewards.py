@@ -7,7 +7,9 @@ from typing import Literal, NamedTuple
 
 from dsv3_jax.errors import UserError
 from dsv3_jax.grpo_config import GRPOConfig
-from dsv3_jax.tasks.problem import ACCURACY, FORMAT, Verdict
+from dsv3_jax.tasks.evaluation import Judged
+from dsv3_jax.tasks.problem import ACCURACY, FORMAT
+from dsv3_jax.tasks.responses import Response
 
 WORD = re.compile(r"[^\W\d_]+")
 THINKING = re.compile(r"<think>(.*?)(?:</think>|$)", re.DOTALL)
@@ -15,17 +17,6 @@ THINKING = re.compile(r"<think>(.*?)(?:</think>|$)", re.DOTALL)
 
 class RewardError(UserError, ValueError):
     """A reward that a verifier may not give."""
-
-
-class Response(NamedTuple):
-    """What was sampled for one prompt."""
-
-    text: str
-    """Without its end token."""
-    tokens: int
-    """The end token included."""
-    truncated: bool
-    """It did not come to its end within `grpo.max_new_tokens`."""
 
 
 class Reward(NamedTuple):
@@ -36,12 +27,13 @@ class Reward(NamedTuple):
     """Before their weights: accuracy, format, language, overlong."""
 
 
-def reward_of(response: Response, verdict: Verdict, config: GRPOConfig) -> Reward:
+def reward_of(judged: Judged, config: GRPOConfig) -> Reward:
     """The weighted sum of accuracy, format and language, less what too long a response costs.
 
     Raises:
         RewardError: the verifier gave a reward outside of 0 to 1, or leaves one out.
     """
+    response, verdict = judged.response, judged.verdict
     for name in (ACCURACY, FORMAT):
         if not 0.0 <= verdict.rewards.get(name, -1.0) <= 1.0:
             given = verdict.rewards.get(name)
@@ -59,9 +51,9 @@ def overlong_share(response: Response, config: GRPOConfig) -> float:
 
     0 for all others.
     """
-    if response.truncated:
+    if not response.ended:
         return 1.0
-    over = response.tokens - (config.max_new_tokens - config.overlong_tokens)
+    over = len(response.token_ids) - (config.max_new_tokens - config.overlong_tokens)
     return max(over, 0) / (config.overlong_tokens + 1)
 
 

@@ -12,25 +12,24 @@ from tokenizers import Tokenizer
 from dsv3_jax import tasks
 from dsv3_jax.config import Config, ConfigError
 from dsv3_jax.inference.chat import ChatTemplate, chat_template
-from dsv3_jax.inference.reasoning import OPENING, opens_thinking
 from dsv3_jax.inference.stopping import turn_end
 from dsv3_jax.model.functional import Tree
 from dsv3_jax.posttraining.grpo_batch import Sample
-from dsv3_jax.posttraining.rewards import Response, Reward, reward_of
+from dsv3_jax.posttraining.rewards import Reward, reward_of
 from dsv3_jax.posttraining.sampler import Sampler
-from dsv3_jax.posttraining.verification import Verifiers
-from dsv3_jax.tasks import Problem, Task, Verdict
+from dsv3_jax.tasks import Problem, Task
+from dsv3_jax.tasks.evaluation import Figures, Judged, figures, judged
+from dsv3_jax.tasks.responses import Response, response_text
 
 ROLLOUTS, EVALUATIONS, DEALING = 0, 1, 2
 """Purposes of random streams."""
 
 
 class Rollout(NamedTuple):
-    """Lists and arrays of [prompts][group]."""
+    """Lists of [prompts][group]."""
 
     samples: list[list[Sample]]
-    responses: list[list[Response]]
-    verdicts: list[list[Verdict]]
+    judged: list[list[Judged]]
     rewards: list[list[Reward]]
     sampling_seconds: float
     verifying_seconds: float
@@ -46,11 +45,7 @@ class Rollout(NamedTuple):
     @property
     def judged_PG(self) -> np.ndarray:
         """bool: there is a verdict."""
-        return np.array([[verdict.failed is None for verdict in group] for group in self.verdicts])
-
-    @property
-    def correct_PG(self) -> np.ndarray:
-        return np.array([[verdict.correct for verdict in group] for group in self.verdicts])
+        return np.array([[one.verdict.failed is None for one in group] for group in self.judged])
 
 
 def open_rollouts(config: Config, mesh: Mesh, tokenizer: Tokenizer, files: Mapping[str, str] | None) -> "Rollouts":
@@ -63,8 +58,7 @@ def open_rollouts(config: Config, mesh: Mesh, tokenizer: Tokenizer, files: Mappi
     """
     template = chat_template(files, tokenizer)
     sampler = Sampler(config, mesh, tokenizer, turn_end(template, tokenizer))
-    verifiers = Verifiers(config.grpo.verifiers, config.grpo.verifier_seconds)
-    rollouts = Rollouts(config, tasks.build(config.task), sampler, template, tokenizer, verifiers)
+    rollouts = Rollouts(config, tasks.build(config.task), sampler, template, tokenizer)
     for problem in (rollouts.task.problem(0), *rollouts.task.validation, *rollouts.task.held_out):
         rollouts.prompt_ids(problem)
     return rollouts
@@ -73,26 +67,15 @@ def open_rollouts(config: Config, mesh: Mesh, tokenizer: Tokenizer, files: Mappi
 class Rollouts:
     """Makes rollouts of a task."""
 
-    def __init__(
-        self,
-        config: Config,
-        task: Task,
-        sampler: Sampler,
-        template: ChatTemplate,
-        tokenizer: Tokenizer,
-        verifiers: Verifiers,
-    ):
+    def __init__(self, config: Config, task: Task, sampler: Sampler, template: ChatTemplate, tokenizer: Tokenizer):
         self.task = task
-        self._config, self._sampler, self._verifiers = config, sampler, verifiers
+        self._config, self._sampler = config, sampler
         self._template, self._tokenizer = template, tokenizer
 
     @property
     def known_W(self) -> np.ndarray:
         """bool, the ids that can be sampled."""
         return np.asarray(self._sampler.vocabulary.known_W)
-
-    def close(self) -> None:
-        self._verifiers.close()
 
     def training(self, parameters: Tree, router_bias: Tree, number: int) -> Rollout:
         """Rollout `number` of the run."""
@@ -102,18 +85,14 @@ class Rollouts:
         stream = stream_of(self._config, ROLLOUTS, number)
         return self._made(parameters, router_bias, problems, grpo.temperature, stream)
 
-    def evaluation(self, parameters: Tree, router_bias: Tree, problems: Sequence[Problem]) -> tuple[float, float]:
-        """pass@1, the share of responses that are right, and pass@k, of problems with a right one among group_size.
-
-        The draws are the same at every call. A response without a verdict counts as wrong.
-        """
-        size, correct_PG = self._config.grpo.prompts, []
+    def evaluation(self, parameters: Tree, router_bias: Tree, problems: Sequence[Problem]) -> Figures:
+        """Of group_size responses to each problem, pass@1 and pass@group_size among others; the same at every call."""
+        size, judged = self._config.grpo.prompts, list[list[Judged]]()
         for first in range(0, len(problems), size):
             stream = stream_of(self._config, EVALUATIONS, first)
             some, temperature = problems[first : first + size], self._config.grpo.evaluation_temperature
-            correct_PG.append(self._made(parameters, router_bias, some, temperature, stream).correct_PG)
-        of_all = np.concatenate(correct_PG)
-        return float(of_all.mean()), float(of_all.any(axis=1).mean())
+            judged += self._made(parameters, router_bias, some, temperature, stream).judged
+        return figures(judged)
 
     def _made(
         self, parameters: Tree, router_bias: Tree, problems: Sequence[Problem], temperature: float, stream: int
@@ -123,18 +102,11 @@ class Rollouts:
         samples = self._sampler(parameters, router_bias, prompts, temperature, stream)
         sampled = time.perf_counter()
         responses = [
-            [self._response(sample, opens_thinking(self._tokenizer, prompt)) for sample in group]
-            for prompt, group in zip(prompts, samples, strict=True)
+            [self._response(prompt, sample) for sample in group] for prompt, group in zip(prompts, samples, strict=True)
         ]
-        each = [problem for problem, group in zip(problems, responses, strict=True) for _ in group]
-        verdicts = iter(self._verifiers(each, [response.text for group in responses for response in group]))
-        of_groups = [[next(verdicts) for _ in group] for group in responses]
-        rewards = [
-            [reward_of(*pair, self._config.grpo) for pair in zip(group, of_group, strict=True)]
-            for group, of_group in zip(responses, of_groups, strict=True)
-        ]
-        seconds = sampled - start, time.perf_counter() - sampled
-        return Rollout(samples, responses, of_groups, rewards, *seconds)
+        verdicts = judged(problems, responses)
+        rewards = [[reward_of(one, self._config.grpo) for one in group] for group in verdicts]
+        return Rollout(samples, verdicts, rewards, sampled - start, time.perf_counter() - sampled)
 
     def prompt_ids(self, problem: Problem) -> list[int]:
         """The prompt as the model's chat template writes it. Raises ConfigError for one that is too long."""
@@ -146,11 +118,9 @@ class Rollouts:
             )
         return ids
 
-    def _response(self, sample: Sample, thinking: bool) -> Response:
-        ids = sample.response_ids_m.tolist()
-        ended = ids[-1] == self._sampler.end
-        text = self._tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=False)
-        return Response(OPENING + text if thinking else text, len(ids), not ended)
+    def _response(self, prompt: list[int], sample: Sample) -> Response:
+        ids, end = sample.response_ids_m.tolist(), self._sampler.end
+        return Response(prompt, ids, response_text(self._tokenizer, prompt, ids, [end]), ids[-1] == end)
 
 
 def stream_of(config: Config, purpose: int, number: int) -> int:
