@@ -48,20 +48,21 @@ def make_grpo_step(config: Config, skeleton: Skeleton, mesh: Mesh, known_W: np.n
 
     `known_W` marks the ids that the sampler can draw.
     """
-    optimizer, steps = adamw(config, skeleton), config.training.steps
+    optimizer, steps, depth = adamw(config, skeleton), config.training.steps, mtp_depth(config)
 
     def update(state: GRPOState, batch: GRPOBatch, used: Array) -> tuple[GRPOState, GRPOMetrics]:
         weight = loss_weights(state.step, config.loss, steps).mtp
-        counts_k = jnp.maximum(summed(mtp_targets(batch, config.model.mtp_depth)[1].sum((0, 1)), ROW_AXES), 1)
+        counts_k = jnp.maximum(summed(mtp_targets(batch, depth)[1].sum((0, 1)), ROW_AXES), 1)
 
         def part_loss(parameters: Tree, part: GRPOBatch) -> tuple[Array, tuple[LossSums, Array]]:
             model = put_together(skeleton, parameters, state.router_bias)
             hidden_BSD, scores = policy(model, part, config, known_W)
             sums = grpo_loss(scores.logprobs_N, scores.entropies_N, part.values, config.grpo)
+            if not depth:
+                return sums.loss, (sums, counts_k / 1.0)
             detached = put_together(skeleton, without_trunk(parameters), state.router_bias)
             mtp_k = mtp_loss_sums(detached, jax.lax.stop_gradient(hidden_BSD), part) / counts_k
-            total = sums.loss + weight * mtp_k.sum() / max(config.model.mtp_depth, 1)
-            return total, (sums, mtp_k)
+            return sums.loss + weight * mtp_k.mean(), (sums, mtp_k)
 
         gradients, (sums, mtp_k) = accumulated(part_loss, state.parameters, batch, config.training.microbatches, used)
         # Each clipped by itself: the MTP loss is to leave no trace in the policy.
@@ -78,6 +79,11 @@ def make_grpo_step(config: Config, skeleton: Skeleton, mesh: Mesh, known_W: np.n
     specs = grpo_state_specs(config, skeleton, mesh)
     on_devices = on_mesh(update, mesh, (specs, row_spec(mesh), PartitionSpec()), (specs, PartitionSpec()))
     return jax.jit(on_devices, donate_argnums=0)
+
+
+def mtp_depth(config: Config) -> int:
+    """MTP modules that are trained: none where their loss has no weight."""
+    return config.model.mtp_depth if max(config.loss.mtp_weight, config.loss.mtp_late_weight) > 0 else 0
 
 
 def make_scorer(config: Config, skeleton: Skeleton, mesh: Mesh, known_W: np.ndarray) -> jax.stages.Wrapped:
@@ -138,7 +144,7 @@ def mtp_loss_sums(model: Transformer, hidden_BSD: Array, batch: GRPOBatch) -> Ar
         )
         for depth, state_BSD in enumerate(states)
     ]
-    return jnp.stack(losses) if losses else jnp.zeros((0,), jnp.float32)
+    return jnp.stack(losses)
 
 
 def mtp_targets(batch: GRPOBatch, depth: int) -> tuple[Array, Array]:
