@@ -59,7 +59,7 @@ def make_grpo_step(config: Config, skeleton: Skeleton, mesh: Mesh, known_W: np.n
             hidden_BSD, scores = policy(model, part, config, known_W)
             sums = grpo_loss(scores.logprobs_N, scores.entropies_N, part.values, config.grpo)
             if not depth:
-                return sums.loss, (sums, counts_k / 1.0)
+                return sums.loss, (sums, spread_like(jnp.zeros((0,), jnp.float32), hidden_BSD))
             detached = put_together(skeleton, without_trunk(parameters), state.router_bias)
             mtp_k = mtp_loss_sums(detached, jax.lax.stop_gradient(hidden_BSD), part) / counts_k
             return sums.loss + weight * mtp_k.mean(), (sums, mtp_k)
