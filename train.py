@@ -31,6 +31,11 @@ from dsv3_jax.inference.chat import ChatTemplate, chat_template
 from dsv3_jax.layout import describe, mesh_of
 from dsv3_jax.loading import tokenizer_of
 from dsv3_jax.model.functional import Skeleton, skeleton_of
+from dsv3_jax.posttraining.grpo_loop import GRPOSurroundings, run_grpo
+from dsv3_jax.posttraining.grpo_report import repeat_grpo_report, write_grpo_report
+from dsv3_jax.posttraining.grpo_state import abstract_grpo_state, first_grpo_state
+from dsv3_jax.posttraining.grpo_step import make_grpo_step, make_scorer
+from dsv3_jax.posttraining.rollout import open_rollouts
 from dsv3_jax.processes import is_first_process, join_processes
 from dsv3_jax.training.checkpoint import Checkpoints, complete_steps, open_checkpoint
 from dsv3_jax.training.distillation import open_teacher
@@ -55,7 +60,8 @@ def main() -> None:
         return
     join_processes(arguments.process, arguments.config)
     with catch_signals() as interrupted:
-        train(arguments, interrupted)
+        run = learn_from_rollouts if arguments.config.data.kind == "rollouts" else train
+        run(arguments, interrupted)
 
 
 def train(arguments: TrainArguments, interrupted: Callable[[], bool]) -> None:
@@ -138,6 +144,48 @@ def held_out_batches(
     return validation_batches(corpus.validation, tokenizer, config)
 
 
+def learn_from_rollouts(arguments: TrainArguments, interrupted: Callable[[], bool]) -> None:
+    """As `train`, where the data are the model's own responses to a task: GRPO (posttraining/grpo_loop.py)."""
+    config, workdir = arguments.config, arguments.workdir
+    if saved := read_config(workdir):
+        refuse_other_run(saved, config, workdir)
+        if repeat_grpo_report(workdir):
+            return
+    skeleton = skeleton_of(config.model)
+    mesh = mesh_of(config, skeleton)
+    note_float8(config)
+    source = open_source(arguments)
+    tokenizer_text = given_tokenizer(arguments, source)
+    if tokenizer_text is None or not (source or complete_steps(workdir / "checkpoints")):
+        raise ConfigError("data.kind=rollouts needs --init=DIR, a model with a tokenizer: its responses are the data")
+    tokenizer, texts = (
+        tokenizer_from(tokenizer_text, "the tokenizer", config.model.vocabulary),
+        texts_from(workdir, source),
+    )
+    rollouts = open_rollouts(config, mesh, tokenizer, (texts or {}).get("files"))
+    # From here on the workdir is this run's: whatever could be refused has been.
+    write_config(workdir, config)
+    write_atomically(kept_tokenizer(workdir), tokenizer_text)
+
+    checkpoints = Checkpoints(workdir / "checkpoints", config, tokenizer_text, texts)
+    restored = checkpoints.restore_latest(abstract_grpo_state(config, skeleton, mesh))
+    state = restored.state if restored else first_grpo_state(fresh_state(config, skeleton, mesh, source), config)
+    log, progress = MetricsLog(workdir, int(state.step)), Progress(config.training.steps, int(state.step))
+    step = make_grpo_step(config, skeleton, mesh, rollouts.known_W)
+    score = make_scorer(config, skeleton, mesh, rollouts.known_W)
+    around = GRPOSurroundings(rollouts, score, checkpoints, log, progress, interrupted, row_shards(mesh))
+    note("compiling sampler and step; the next run finds them in the cache")
+    try:
+        result = run_grpo(state, step, config, around)
+        if result.finished:
+            write_grpo_report(workdir, config, result, around)
+        else:
+            progress.message(f"stopped at step {int(result.state.step)}; the same command goes on from there")
+    finally:
+        for resource in (progress, log, checkpoints):
+            resource.close()
+
+
 def note_float8(config: Config) -> None:
     """Says what happens instead of products of FP8 (kernels/scaled_matmul.py)."""
     if config.model.precision == "fp8":
@@ -194,10 +242,14 @@ def first_state(
     """The last checkpoint's state and data position, or a fresh state, with the parameters of the source if given."""
     if restored := checkpoints.restore_latest(abstract_state(config, skeleton, mesh)):
         return restored.state, restored.data_state
+    return fresh_state(config, skeleton, mesh, source), None
+
+
+def fresh_state(config: Config, skeleton: Skeleton, mesh: Mesh, source: OpenedModel | None) -> TrainState:
     state = initial_state(config, skeleton, mesh)
     if source:
         state = state._replace(**source.read({"parameters": state.parameters, "router_bias": state.router_bias}))
-    return state, None
+    return state
 
 
 def streams_here(config: Config, mesh: Mesh) -> list[int]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dsv3_jax.errors import UserError
+from dsv3_jax.grpo_config import GRPOConfig
 
 Weights = Literal["compute", "float8"]
 """How a model that runs holds its matrices: in the type it multiplies in, or as the blocks of an FP8 checkpoint."""
@@ -151,10 +152,11 @@ class ModelConfig:
 class DataConfig:
     """Text in, packed token rows out."""
 
-    kind: Literal["documents", "chats"] = "documents"
+    kind: Literal["documents", "chats", "rollouts"] = "documents"
     """documents: every token is learnt, in rows cut from one stream. chats: what an assistant said is learnt, its end
     included, and prompts are read; chats stay whole, and are packed into rows where none sees another (V3 section
-    5.1)."""
+    5.1). rollouts: the model's own responses to the configuration's task are learnt by what they are worth (section
+    grpo); nothing else of this section but the tokenizer is read."""
     path: str = "stdlib"
     """'stdlib' (the Python standard library's own source on this machine), or a file, folder or glob of
     .txt .py .md .jsonl .parquet. Of chats: 'task' (demonstrations of the configuration's task), or .jsonl."""
@@ -349,7 +351,7 @@ class TaskConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """One run: model, data, training, optimizer, losses, checkpoints, mesh, task."""
+    """One run: model, data, training, optimizer, losses, checkpoints, mesh, task, grpo."""
 
     model: ModelConfig
     data: DataConfig
@@ -359,6 +361,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
+    grpo: GRPOConfig = field(default_factory=GRPOConfig)
     seed: int = 0
     """Seed of everything random: parameters, data order, sampling."""
 
@@ -390,6 +393,7 @@ def from_json(text: str) -> Config:
             "checkpoint": CheckpointConfig,
             "mesh": MeshConfig,
             "task": TaskConfig,
+            "grpo": GRPOConfig,
         }
         built = {name: kind(**values.pop(name)) for name, kind in sections.items() if name in values}
         return Config(**built, **values)

@@ -85,6 +85,8 @@ def check(config: Config) -> None:
     if config.seed < 0 or config.seed >= 2**32:
         raise ConfigError(f"seed={config.seed} must be between 0 and {2**32 - 1}")
     check_task(config.task)
+    if data.kind == "rollouts":
+        check_grpo(config)
 
 
 def check_model(model: ModelConfig) -> None:
@@ -157,6 +159,42 @@ def check_task(task: TaskConfig) -> None:
         raise ConfigError("task.gym_dataset='' is empty: task.kind=gym needs the name of a dataset, such as chain_sum")
     if not task.arithmetic_operators or set(task.arithmetic_operators) - set("+-*"):
         raise ConfigError(f"task.arithmetic_operators={task.arithmetic_operators!r} must be some of + - *")
+
+
+def check_grpo(config: Config) -> None:
+    """Refuse rollouts that cannot be made or learnt from. Raises ConfigError."""
+    grpo, training = config.grpo, config.training
+    _at_least("grpo.group_size, whose responses are compared with each other,", grpo.group_size, 2)
+    for name in ("prompts", "updates_per_rollout", "prompt_tokens", "max_new_tokens"):
+        _at_least(f"grpo.{name}", getattr(grpo, name), 1)
+    for name in (
+        *("clip_low", "clip_high", "kl_weight", "reference_interval", "accuracy_weight", "format_weight"),
+        *("language_weight", "overlong_penalty", "overlong_tokens", "evaluation_temperature"),
+    ):
+        _at_least(f"grpo.{name}", getattr(grpo, name), 0)
+    for name in ("temperature", "importance_cap"):
+        value = getattr(grpo, name)
+        if value is not None and not value > 0:
+            raise ConfigError(f"grpo.{name}={value} must be above 0")
+    _at_most("grpo.overlong_tokens", grpo.overlong_tokens, "grpo.max_new_tokens", grpo.max_new_tokens)
+    responses, learnt = grpo.prompts * grpo.group_size, grpo.updates_per_rollout * training.batch_size
+    if responses != learnt:
+        raise ConfigError(
+            f"training.batch_size={training.batch_size}, the responses of an update, times "
+            f"grpo.updates_per_rollout={grpo.updates_per_rollout} must be grpo.prompts * grpo.group_size = {responses}"
+        )
+    if training.steps % grpo.updates_per_rollout:
+        raise ConfigError(
+            f"training.tokens={training.tokens} makes {training.steps} updates, which must be a multiple of "
+            f"grpo.updates_per_rollout={grpo.updates_per_rollout}"
+        )
+    longest = grpo.prompt_tokens + grpo.max_new_tokens
+    if longest - 1 > training.sequence_length:
+        raise ConfigError(
+            f"training.sequence_length={training.sequence_length} must be at least {longest - 1}: a response of "
+            f"grpo.max_new_tokens={grpo.max_new_tokens} to a prompt of grpo.prompt_tokens={grpo.prompt_tokens} has to "
+            "fit a row"
+        )
 
 
 def _check_float8(model: ModelConfig) -> None:

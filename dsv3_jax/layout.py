@@ -48,6 +48,7 @@ def mesh_to_run(requested: MeshConfig, devices: Sequence[Any] | None = None) -> 
 def _check(config: Config, skeleton: Skeleton, mesh: Mesh | AbstractMesh) -> None:
     check_layout(abstract_trees(skeleton)[0], logical_axes(skeleton), mesh)
     _check_batch(config, mesh)
+    _check_rollouts(config, mesh)
     _check_context(config, mesh)
     _check_tiles(config, skeleton, mesh)
 
@@ -60,6 +61,14 @@ def _check_batch(config: Config, mesh: Mesh | AbstractMesh) -> None:
         raise LayoutError(
             f"{axes} must divide the rows of a microbatch, training.batch_size / training.microbatches = {rows}; "
             f"their product may be {', '.join(map(str, divisors(rows)))}"
+        )
+
+
+def _check_rollouts(config: Config, mesh: Mesh | AbstractMesh) -> None:
+    if config.data.kind == "rollouts" and config.grpo.prompts % row_shards(mesh):
+        raise LayoutError(
+            f"grpo.prompts={config.grpo.prompts} must be a multiple of {row_shards(mesh)}, the parts that the mesh "
+            "divides rows into: a group is made in one of them"
         )
 
 

@@ -112,7 +112,7 @@ def _prefill(
 ) -> Rows:
     """The prompts' cache, the first new token of each, and drafts of those after it."""
     batch = tokens_BS.shape[0]
-    hidden_BSD, cache = model.prefill(tokens_BS, model.empty_cache(batch, cache_length))
+    hidden_BSD, cache, _ = model.prefill(tokens_BS, model.empty_cache(batch, cache_length))
     last_B11 = (lengths_B - 1)[:, None, None]
     logits_B1W = known_logits(model, model.norm(jnp.take_along_axis(hidden_BSD, last_B11, axis=1)), vocabulary)
     tokens_B = choose_tokens(penalized(logits_B1W[:, 0], inputs, history), inputs, lengths_B)

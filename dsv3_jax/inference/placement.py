@@ -44,9 +44,7 @@ def mesh_of(model: Transformer) -> Mesh | None:
     mesh = sharding.mesh
     assert isinstance(mesh, Mesh)
     check_mesh(mesh)
-    processes = len({device.process_index for device in mesh.devices.flat})
-    if processes > 1:
-        raise PlacementError(f"generation runs in one process, and the mesh has devices of {processes}")
+    check_one_process(mesh)
     return mesh
 
 
@@ -61,6 +59,13 @@ def check_mesh(mesh: Mesh) -> None:
     for axis in CONTEXT_AXES:
         if (size := mesh.shape.get(axis, 1)) > 1:
             raise PlacementError(f"mesh.{axis}={size} must be 1 to generate: a row's cache is in one piece")
+
+
+def check_one_process(mesh: Mesh) -> None:
+    """Raises PlacementError where the devices are those of several processes."""
+    processes = len({device.process_index for device in mesh.devices.flat})
+    if processes > 1:
+        raise PlacementError(f"generation runs in one process, and the mesh has devices of {processes}")
 
 
 def leaf_specs(structure: jax.tree_util.PyTreeDef, mesh: Mesh) -> list[PartitionSpec]:

@@ -29,11 +29,19 @@ class Block(nnx.Module):
         self.model = model
 
     def __call__(
-        self, x_BSD: Array, by: Rotation, segment_ids_BS: Array | None, valid_BS: Array
+        self,
+        x_BSD: Array,
+        by: Rotation,
+        segment_ids_BS: Array | None,
+        valid_BS: Array,
+        replayed_BSK: Array | None = None,
     ) -> tuple[Array, Array, RouterStatistics | None]:
-        """Whole rows. Returns the residual stream, what a cache keeps [B, S, C + R], and a MoE block's statistics."""
+        """Whole rows. Returns the residual stream, what a cache keeps [B, S, C + R], and a MoE block's statistics.
+
+        `replayed_BSK`: the experts that a MoE block is to send each token to, whatever its router would choose.
+        """
         attended_BSD, latent_BSX = self.attention(self.attention_norm(x_BSD), by, segment_ids_BS)
-        x_BSD, routing = self._feed(kept(x_BSD + attended_BSD, "attended"))
+        x_BSD, routing = self._feed(kept(x_BSD + attended_BSD, "attended"), replayed_BSK)
         statistics = None if routing is None else RouterStatistics.of(routing, valid_BS, self.model)
         return x_BSD, latent_BSX, statistics
 
@@ -51,10 +59,10 @@ class Block(nnx.Module):
         x_BSD, routing = self._feed(x_BSD + attended_BSD)
         return x_BSD, cache, None if routing is None else routing.experts_NK.reshape(*x_BSD.shape[:2], -1)
 
-    def _feed(self, x_BSD: Array) -> tuple[Array, Routing | None]:
+    def _feed(self, x_BSD: Array, replayed_BSK: Array | None = None) -> tuple[Array, Routing | None]:
         normed_BSD = self.feed_forward_norm(x_BSD)
         if isinstance(self.feed_forward, MixtureOfExperts):
-            fed_BSD, routing = self.feed_forward(normed_BSD)
+            fed_BSD, routing = self.feed_forward(normed_BSD, replayed_BSK)
         else:
             fed_BSD, routing = self.feed_forward(normed_BSD), None
         return x_BSD + summed(fed_BSD, TENSOR_AXES), routing

@@ -32,12 +32,15 @@ class RouterStatistics(NamedTuple):
     """int32, tokens sent to each expert, padding not counted."""
     balance: Array
     """float32, sequence-wise balance loss summed over the rows, without its weight."""
+    experts_BSK: Array
+    """int32, the experts each token was sent to, in the router's order."""
 
     @classmethod
     def of(cls, routing: Routing, valid_BS: Array, model: ModelConfig) -> "RouterStatistics":
-        """Over the valid tokens."""
+        """Load and balance loss over the valid tokens."""
         load_E = expert_load(routing.experts_NK, valid_BS.reshape(-1), model.experts)
-        return cls(load_E, balance_loss(routing, valid_BS, model))
+        experts_BSK = routing.experts_NK.reshape(*valid_BS.shape, -1)
+        return cls(load_E, balance_loss(routing, valid_BS, model), experts_BSK)
 
 
 class Experts(nnx.Module):
@@ -113,14 +116,15 @@ class MixtureOfExperts(nnx.Module):
             self.shared = FeedForward(model, model.shared_experts * model.expert_ffn_width, rngs)
         self.model = model
 
-    def __call__(self, x_BSD: Array) -> tuple[Array, Routing]:
-        """The block's output [B, S, D] and the routing of its N = B * S tokens.
+    def __call__(self, x_BSD: Array, replayed_BSK: Array | None = None) -> tuple[Array, Routing]:
+        """The block's output [B, S, D] and the routing of its N = B * S tokens, to `replayed_BSK` where given.
 
         Every token passes through all its experts: there is no capacity and nothing is dropped. The output is a sum
         over this device's part of the experts' widths, as a FeedForward's is.
         """
         model = self.model
-        routing = self.router(x_BSD.reshape(-1, model.width))
+        replayed_NK = None if replayed_BSK is None else replayed_BSK.reshape(-1, model.experts_per_token)
+        routing = self.router(x_BSD.reshape(-1, model.width), replayed_NK)
         x_BSD, weights_NK = spread(x_BSD, TENSOR_AXES), spread(routing.weights_NK, TENSOR_AXES)
         out_ND = self._routed(x_BSD.reshape(-1, model.width), weights_NK, routing.experts_NK)
         out_BSD = out_ND.reshape(x_BSD.shape)

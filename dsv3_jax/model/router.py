@@ -34,13 +34,20 @@ class Router(nnx.Module):
             self.bias = RouterBias(jnp.zeros((model.experts,), jnp.float32), logical_axes=("router_experts",))
         self.model = model
 
-    def __call__(self, x_ND: Array) -> Routing:
-        """Score, choose and weigh; all of it in float32, whatever the compute type."""
+    def __call__(self, x_ND: Array, replayed_NK: Array | None = None) -> Routing:
+        """Score, choose and weigh; all of it in float32, whatever the compute type.
+
+        `replayed_NK`: experts that were chosen before and are taken again. Their scores are today's, so that the
+        gradient of their weights still reaches the router.
+        """
         float32 = jnp.dtype(jnp.float32)
         logits_NE = contract("nd,de->ne", x_ND, whole(self.weight, float32), float32)
         scores_NE = jax.nn.sigmoid(logits_NE) if self.model.score_function == "sigmoid" else jax.nn.softmax(logits_NE)
-        selection_NE = scores_NE + self.bias[...] if self.model.selection_bias else scores_NE
-        experts_NK = choose_experts(jax.lax.stop_gradient(selection_NE), self.model)
+        if replayed_NK is None:
+            selection_NE = scores_NE + self.bias[...] if self.model.selection_bias else scores_NE
+            experts_NK = choose_experts(jax.lax.stop_gradient(selection_NE), self.model)
+        else:
+            experts_NK = replayed_NK.astype(jnp.int32)
         weights_NK = jnp.take_along_axis(scores_NE, experts_NK, axis=-1)
         if self.model.normalize_weights:
             weights_NK = weights_NK / (weights_NK.sum(axis=-1, keepdims=True) + 1e-20)

@@ -71,21 +71,25 @@ class Transformer(nnx.Module):
         positions_BS: Array | None = None,
         segment_ids_BS: Array | None = None,
         valid_BS: Array | None = None,
+        replayed_BSLK: Array | None = None,
     ) -> tuple[Array, RouterStatistics | None]:
         """The residual stream after the last block, before the final norm, and the MoE blocks' statistics.
 
-        `valid_BS` marks the tokens that count in the statistics; by default all.
+        `valid_BS` marks the tokens that count in the statistics; by default all. `replayed_BSLK` are the experts that
+        every MoE block is to send each token to, as `prefill` and `decode` tell them (Router).
         """
         by = rotation(self.model, _positions(tokens_BS, positions_BS))
         valid_BS = jnp.ones(tokens_BS.shape, bool) if valid_BS is None else valid_BS
 
-        def body(block: Block, x_BSD: Array, _):
-            x_BSD, _, statistics = block(x_BSD, by, segment_ids_BS, valid_BS)
+        def body(block: Block, x_BSD: Array, replayed_BSK: Array | None):
+            x_BSD, _, statistics = block(x_BSD, by, segment_ids_BS, valid_BS, replayed_BSK)
             return x_BSD, statistics
 
         x_BSD, statistics = self.embed(tokens_BS), None
+        replayed_LBSK = None if replayed_BSLK is None else jnp.moveaxis(replayed_BSLK, 2, 0)
         for blocks in self.stacks():
-            x_BSD, statistics = scan_stack(blocks, body, x_BSD, remat=self.model.recomputed)
+            replayed = replayed_LBSK if blocks is getattr(self, "moe_blocks", None) else None
+            x_BSD, statistics = scan_stack(blocks, body, x_BSD, replayed, remat=self.model.recomputed)
         return x_BSD, statistics
 
     def mtp_states(
@@ -116,17 +120,21 @@ class Transformer(nnx.Module):
             statistics.append(of_module)
         return states, statistics
 
-    def prefill(self, tokens_BS: Array, cache: Cache) -> tuple[Array, Cache]:
-        """Rows from position 0 on. Returns the residual stream and the cache with entries 0 .. S - 1 written."""
+    def prefill(self, tokens_BS: Array, cache: Cache) -> tuple[Array, Cache, Array]:
+        """Rows from position 0 on.
+
+        Returns the residual stream, the cache with entries 0 .. S - 1 written, and the experts as `decode` does.
+        """
         by = rotation(self.model, _positions(tokens_BS, None))
         valid_BS = jnp.ones(tokens_BS.shape, bool)
 
         def body(block: Block, x_BSD: Array, cache_BTX: Array):
-            x_BSD, latent_BSX, _ = block(x_BSD, by, None, valid_BS)
-            return x_BSD, jax.lax.dynamic_update_slice(cache_BTX, latent_BSX.astype(cache_BTX.dtype), (0, 0, 0)), None
+            x_BSD, latent_BSX, statistics = block(x_BSD, by, None, valid_BS)
+            cache_BTX = jax.lax.dynamic_update_slice(cache_BTX, latent_BSX.astype(cache_BTX.dtype), (0, 0, 0))
+            return x_BSD, cache_BTX, None if statistics is None else statistics.experts_BSK
 
-        x_BSD, cache, _ = self._scan_with_cache(body, self.embed(tokens_BS), cache)
-        return x_BSD, cache
+        x_BSD, cache, experts = self._scan_with_cache(body, self.embed(tokens_BS), cache)
+        return x_BSD, cache, self._experts_BSLK(tokens_BS, experts)
 
     def decode(self, tokens_BS: Array, cache: Cache, positions_BS: Array) -> tuple[Array, Cache, Array]:
         """New tokens at `positions_BS` against the cache. A position outside the cache is not written.
@@ -140,9 +148,7 @@ class Transformer(nnx.Module):
             return block.decode(x_BSD, by, cache, positions_BS)
 
         x_BSD, cache, experts = self._scan_with_cache(body, self.embed(tokens_BS), cache)
-        if not self.model.moe_layers:
-            return x_BSD, cache, jnp.zeros((*tokens_BS.shape, 0, self.model.experts_per_token), jnp.int32)
-        return x_BSD, cache, jnp.stack(experts[-1], axis=2)
+        return x_BSD, cache, self._experts_BSLK(tokens_BS, experts)
 
     def drafting_state(self, hidden_BSD: Array) -> Array:
         """What the first MTP module takes of the residual stream that `prefill` and `decode` return."""
@@ -214,6 +220,12 @@ class Transformer(nnx.Module):
     def stacks(self) -> list[Block]:
         """The dense blocks, then the MoE blocks; a stack without layers is left out."""
         return [getattr(self, name) for name in ("dense_blocks", "moe_blocks") if hasattr(self, name)]
+
+    def _experts_BSLK(self, tokens_BS: Array, of_stacks: list) -> Array:
+        """Of what `_scan_with_cache` returns of every stack; of a model without MoE blocks, none."""
+        if not self.model.moe_layers:
+            return jnp.zeros((*tokens_BS.shape, 0, self.model.experts_per_token), jnp.int32)
+        return jnp.stack([*of_stacks[-1]], axis=2)
 
     def _scan_with_cache(self, body, x_BSD: Array, cache: Cache) -> tuple[Array, Cache, list]:
         """`body(block, x_BSD, cache_BTX)`, which returns both after it and one thing more, over all layers.

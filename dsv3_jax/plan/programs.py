@@ -44,7 +44,7 @@ def traced_prefill(
     """`rows` prompts of `positions` tokens into an empty cache, and the token that follows each."""
 
     def prefill(model: Transformer, tokens_BS: Array, cache: Cache) -> tuple[Array, Cache]:
-        hidden_BSD, cache = model.prefill(tokens_BS, cache)
+        hidden_BSD, cache, _ = model.prefill(tokens_BS, cache)
         return _most_probable(model, hidden_BSD[:, -1:]), cache
 
     return _traced(prefill, config, skeleton, mesh, rows, positions, (rows, positions))

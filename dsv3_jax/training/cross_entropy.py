@@ -49,7 +49,7 @@ def chunked_loss(chunk_loss: ChunkLoss, hidden_ND: Array, head_DW: Array, shared
         return total + loss, None
 
     start = spread_like(jnp.zeros((), jnp.float32), hidden_ND)
-    return jax.lax.scan(chunk, start, _chunks(hidden_ND, *rows))[0]
+    return jax.lax.scan(chunk, start, in_chunks(hidden_ND, *rows))[0]
 
 
 def _forward(chunk_loss, hidden_ND, head_DW, shared, rows):
@@ -66,7 +66,7 @@ def _forward(chunk_loss, hidden_ND, head_DW, shared, rows):
         spread_like(jnp.zeros((), jnp.float32), hidden_ND),
         spread_like(jnp.zeros(head_DW.shape, jnp.float32), hidden_ND, head_DW),
     )
-    (total, head_gradient), hidden_gradient = jax.lax.scan(chunk, start, _chunks(hidden_ND, *rows))
+    (total, head_gradient), hidden_gradient = jax.lax.scan(chunk, start, in_chunks(hidden_ND, *rows))
     hidden_gradient = hidden_gradient.reshape(-1, hidden_ND.shape[1])[: hidden_ND.shape[0]]
     return total, (hidden_gradient, head_gradient.astype(head_DW.dtype))
 
@@ -87,12 +87,12 @@ def _chunk_loss(hidden_ND: Array, head_DW: Array, _: Any, rows: Any) -> tuple[Ar
     sums_N = summed(powers_NW.sum(axis=-1), TENSOR_AXES)
     column_N1 = (labels_N - axis_index(TENSOR_AXES) * head_DW.shape[1])[:, None]
     is_label_NW = column_N1 == jnp.arange(head_DW.shape[1])
-    label_logits_N = _label_logits(shifted_NW, column_N1)
+    label_logits_N = label_logits(shifted_NW, column_N1)
     loss = jnp.sum(jnp.where(counted_N, jnp.log(sums_N) - label_logits_N, 0.0))
     return loss, (powers_NW * (counted_N / sums_N)[:, None]) - (is_label_NW & counted_N[:, None])
 
 
-def _label_logits(logits_NW: Array, column_N1: Array) -> Array:
+def label_logits(logits_NW: Array, column_N1: Array) -> Array:
     """Every token's logit in its column; columns count from the first of this device's part of the vocabulary."""
     logits_N = jnp.take_along_axis(logits_NW, jnp.clip(column_N1, 0, logits_NW.shape[1] - 1), axis=-1)[:, 0]
     if axis_size(TENSOR_AXES) == 1:
@@ -101,7 +101,7 @@ def _label_logits(logits_NW: Array, column_N1: Array) -> Array:
     return summed(jnp.where(mine_N, logits_N, 0.0), TENSOR_AXES)
 
 
-def _chunks(*arrays: Array) -> tuple[Array, ...]:
+def in_chunks(*arrays: Array) -> tuple[Array, ...]:
     """The tokens [N, ..] cut into equal chunks, the last padded with zeros, which do not count."""
     tokens = arrays[0].shape[0]
     count = -(-tokens // TOKENS_AT_ONCE)

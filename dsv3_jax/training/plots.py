@@ -1,6 +1,6 @@
 """Pictures of a run: the loss curve, and how evenly the experts were used."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +68,27 @@ def write_expert_load(load_history: Sequence[tuple[int, np.ndarray]], png: Path)
     right.set_title("largest overload, batch by batch")
     _label(right, "step", "MaxVio (0: perfect balance)")
     right.legend(frameon=False)
+    _save(figure, png)
+
+
+def write_curves(metrics_path: Path, png: Path, panels: Mapping[str, Mapping[str, str]]) -> None:
+    """Numbers of a metrics.jsonl over steps, a panel beside the other.
+
+    `panels`: what the vertical axis of each shows, and its curves, from names in the file to labels. Those that are not
+    there are left out.
+    """
+    entries = read_metrics(metrics_path)
+    columns = -(-len(panels) // 2)
+    figure = _figure(4.5 * columns, 7)
+    for axes, (title, curves) in zip(figure.subplots(2, columns).flat, panels.items(), strict=False):
+        for name, label in curves.items():
+            steps, values = _series(entries, name)
+            if len(steps):
+                (line,) = axes.plot(steps, values, alpha=0.3, linewidth=0.8)
+                axes.plot(steps, _smooth(values), color=line.get_color(), linewidth=2, label=label)
+        _label(axes, "step", title)
+        if axes.has_data():
+            axes.legend(frameon=False)
     _save(figure, png)
 
 

@@ -38,7 +38,10 @@ class Progress:
 
     def show(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Call at each logged step; the last step is always shown."""
-        text = f"loss {metrics['loss']:.4f}  {metrics['tokens_per_second']:,.0f} tokens/s  "
+        self.show_text(step, f"loss {metrics['loss']:.4f}  {metrics['tokens_per_second']:,.0f} tokens/s  ")
+
+    def show_text(self, step: int, text: str) -> None:
+        """The same of a run that has other things to tell."""
         self._bar.set_description_str(text, refresh=False)
         self._bar.update(step - self._bar.n)
         if self._bar.disable and not self._silent:

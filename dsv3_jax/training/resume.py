@@ -21,6 +21,8 @@ FREE_ON_RESUME = frozenset(
         "training.validation_interval",
         "training.sample_tokens",
         "training.microbatches",
+        "task.verifier_processes",
+        "task.verifier_seconds",
         "model.remat",
         "model.dispatch_factor",
         "model.dispatch_once_a_node",

@@ -1,18 +1,17 @@
 """The training step: one pure function from state and batch to state and metrics."""
 
-from collections import defaultdict
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsv3_jax.config import Config
 from dsv3_jax.model.functional import Skeleton, Tree, parameter_specs, put_together, take_apart
 from dsv3_jax.model.router import updated_bias
+from dsv3_jax.training.accumulation import accumulated, chosen, clipped, global_norm, stepped
 from dsv3_jax.training.distillation import Teacher
 from dsv3_jax.training.losses import (
     Batch,
@@ -27,8 +26,8 @@ from dsv3_jax.training.losses import (
 from dsv3_jax.training.optimizer import adamw
 from dsv3_jax.training.schedules import bias_speed, learning_rate, loss_weights
 from dsv3_jax.training.state import TrainState, abstract_state, state_specs
-from sharding.collectives import spread, summed, variation
-from sharding.mesh import ROW_AXES, TOKEN_AXES, on_mesh, row_spec
+from sharding.collectives import summed
+from sharding.mesh import ROW_AXES, on_mesh, row_spec
 
 
 class StepMetrics(NamedTuple):
@@ -69,18 +68,15 @@ def make_train_step(
         norm = global_norm(gradients)
         finite = jnp.isfinite(norm) & jnp.isfinite(objective(losses, weights, config.model))
 
-        # A factor, not optax.clip_by_global_norm: that divides, and XLA writes the quotients to memory first.
-        clipped = optax.tree.scale(jnp.minimum(1.0, config.optimizer.clip_norm / norm), gradients)
-        updates, optimizer_state = optimizer.update(clipped, state.optimizer, state.parameters)
+        gradients = clipped(gradients, norm, config.optimizer.clip_norm)
+        parameters, optimizer_state = stepped(optimizer, gradients, state.optimizer, state.parameters)
         moved = TrainState(
             state.step + 1,
-            optax.apply_updates(state.parameters, updates),
+            parameters,
             update_router_biases(state, loads, bias_speed(state.step, config), skeleton),
             optimizer_state,
         )
-        # A step that is not finite leaves no trace: the run stops with a state that is still good. Chosen number by
-        # number, not by a branch: a branch's result is a second state in memory.
-        state_after = jax.tree.map(lambda after, before: jnp.where(finite, after, before), moved, state)
+        state_after = chosen(finite, moved, state)
         rate = learning_rate(state.step, config.optimizer, steps)
         return state_after, StepMetrics(losses, norm, rate, loads, _dropped(loads, batch, config), finite)
 
@@ -117,43 +113,15 @@ def accumulated_gradients(
     the split and however padding is spread over it.
     """
     counts = jax.tree.map(lambda count: summed(count, ROW_AXES), loss_counts(batch, config.model.mtp_depth))
-    # From here on every device has parameters of its own; what they were copies of gets the sum of their gradients.
-    parameters = jax.tree.map(lambda leaf: spread(leaf, TOKEN_AXES), state.parameters)
 
-    def part_loss(parameters: Tree, part: Batch):
+    def part_loss(parameters: Tree, part: Batch) -> tuple[Array, tuple[Losses, list[Array]]]:
         model = put_together(skeleton, parameters, state.router_bias)
         sums, loads = loss_sums(model, part, isolate_documents=config.data.isolated, teacher=teacher)
         means = mean_losses(sums, counts, config.model)
         return objective(means, weights, config.model), (means, loads)
 
-    def of_part(part: Batch) -> tuple[Tree, tuple[Losses, list[Array]]]:
-        return jax.grad(part_loss, has_aux=True)(parameters, part)
-
-    if config.training.microbatches == 1:
-        gradients, (means, loads) = of_part(batch)
-    else:
-        parts = jax.tree.map(lambda rows: rows.reshape(config.training.microbatches, -1, rows.shape[-1]), batch)
-        shapes = jax.eval_shape(of_part, jax.tree.map(lambda rows: rows[0], parts))[1]
-        nothing = jax.tree.map(lambda leaf: spread(jnp.zeros(leaf.shape, leaf.dtype), TOKEN_AXES), shapes)
-        start = jax.tree.map(jnp.zeros_like, parameters), nothing
-        gradients, (means, loads) = jax.lax.scan(
-            lambda total, part: (jax.tree.map(jnp.add, total, of_part(part)), None), start, parts
-        )[0]
-    means, loads = jax.tree.map(lambda leaf: summed(leaf, TOKEN_AXES), (means, loads))
-    return means, loads, jax.tree.map(_sum_of_copies, gradients, state.parameters)
-
-
-def global_norm(gradients: Tree) -> Array:
-    """Square root of the sum of all squares, over the pieces of all devices."""
-    squares: dict[tuple[str, ...], list[Array]] = defaultdict(list)
-    for gradient in jax.tree.leaves(gradients):
-        squares[variation(gradient)].append(jnp.sum(gradient * gradient))
-    return jnp.sqrt(sum((summed(jnp.stack(parts).sum(), axes) for axes, parts in squares.items()), start=jnp.zeros(())))
-
-
-def _sum_of_copies(gradient: Array, parameter: Array) -> Array:
-    """The gradient of a parameter, from those that the devices that hold it found each for its own copy."""
-    return summed(gradient, [axis for axis in variation(gradient) if axis not in variation(parameter)])
+    gradients, (means, loads) = accumulated(part_loss, state.parameters, batch, config.training.microbatches)
+    return means, loads, gradients
 
 
 def update_router_biases(state: TrainState, loads: list[Array], speed: Array, skeleton: Skeleton) -> Tree:

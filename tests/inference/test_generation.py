@@ -67,7 +67,7 @@ def test_padded_prefill_and_decode_have_the_logits_of_the_whole_sequence(model, 
 
     @jax.jit
     def prefill(model, tokens_BS, cache):
-        hidden_BSD, cache = model.prefill(tokens_BS, cache)
+        hidden_BSD, cache, _ = model.prefill(tokens_BS, cache)
         return model.logits(model.norm(hidden_BSD)), cache
 
     @jax.jit

@@ -144,7 +144,7 @@ def _cache_of(model: ModelConfig, layer_BTX: jax.Array) -> list[jax.Array]:
 
 
 def _prefill(transformer: Transformer, tokens_BS, cache):
-    hidden, cache = transformer.prefill(tokens_BS, cache)
+    hidden, cache, _ = transformer.prefill(tokens_BS, cache)
     return transformer.logits(transformer.norm(hidden)), cache
 
 
