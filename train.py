@@ -24,6 +24,7 @@ from dsv3_jax.data.corpus import Corpus, open_corpus
 from dsv3_jax.data.pipeline import TrainingBatches, validation_batches
 from dsv3_jax.data.tokenizer import load_tokenizer, tokenizer_from, train_tokenizer, training_texts
 from dsv3_jax.files import write_atomically
+from dsv3_jax.kernels.scaled_matmul import multiplies_float8
 from dsv3_jax.layout import describe, mesh_of
 from dsv3_jax.loading import tokenizer_of
 from dsv3_jax.model.functional import Skeleton, skeleton_of
@@ -62,7 +63,7 @@ def train(arguments: TrainArguments, interrupted: Callable[[], bool]) -> None:
             return
     skeleton = skeleton_of(config.model)
     mesh = mesh_of(config, skeleton)
-    note_float8(config)
+    note_float8(config, mesh.devices.flat[0].device_kind)
     corpus = open_corpus(config.data)
     documents = f"{len(corpus.train)} documents to train on, {len(corpus.validation)} held out"
     note(f"corpus {config.data.path}: {documents}")
@@ -110,12 +111,17 @@ def train(arguments: TrainArguments, interrupted: Callable[[], bool]) -> None:
         write_report(Run(config, workdir, corpus, tokenizer), result, evaluation, rate)
 
 
-def note_float8(config: Config) -> None:
-    """Says what happens instead of products of FP8 (kernels/scaled_matmul.py)."""
-    if config.model.precision == "fp8":
+def note_float8(config: Config, kind: str) -> None:
+    """Says whether devices of this kind multiply FP8 (kernels/scaled_matmul.py), and what happens where they do not."""
+    if config.model.precision != "fp8":
+        return
+    if multiplies_float8(kind):
+        note(f"model.precision=fp8: {kind} multiplies FP8, in all three products of every linear layer and expert")
+    else:
         note(
-            "model.precision=fp8: there are no products of FP8 yet, on any device. Numbers are rounded to FP8 as the "
-            "recipe says and multiplied in float32: it learns as it would in FP8, no faster than in float32"
+            f"model.precision=fp8: {kind} has no products of FP8 here, only TPU7x and Hopper GPUs have. Numbers are "
+            "rounded to FP8 as the recipe says and multiplied in float32: it learns as it would in FP8, no faster than "
+            "in float32"
         )
 
 
