@@ -28,6 +28,7 @@ from dsv3_jax.data.pipeline import StreamedBatches, TrainingBatches, validation_
 from dsv3_jax.data.tokenizer import load_tokenizer, tokenizer_from, train_tokenizer, training_texts
 from dsv3_jax.files import write_atomically
 from dsv3_jax.inference.chat import ChatTemplate, chat_template
+from dsv3_jax.kernels.scaled_matmul import multiplies_float8
 from dsv3_jax.layout import describe, mesh_of
 from dsv3_jax.loading import tokenizer_of
 from dsv3_jax.model.functional import Skeleton, skeleton_of
@@ -73,7 +74,7 @@ def train(arguments: TrainArguments, interrupted: Callable[[], bool]) -> None:
             return
     skeleton = skeleton_of(config.model)
     mesh = mesh_of(config, skeleton)
-    note_float8(config)
+    note_float8(config, mesh.devices.flat[0].device_kind)
     corpus = open_chats(config) if config.data.kind == "chats" else open_corpus(config.data)
     documents = f"{len(corpus.train)} {config.data.kind} to train on, {len(corpus.validation)} held out"
     note(f"corpus {config.data.path}: {documents}")
@@ -153,7 +154,7 @@ def learn_from_rollouts(arguments: TrainArguments, interrupted: Callable[[], boo
             return
     skeleton = skeleton_of(config.model)
     mesh = mesh_of(config, skeleton)
-    note_float8(config)
+    note_float8(config, mesh.devices.flat[0].device_kind)
     source = open_source(arguments)
     tokenizer_text = given_tokenizer(arguments, source)
     if tokenizer_text is None or not (source or complete_steps(workdir / "checkpoints")):
@@ -186,12 +187,17 @@ def learn_from_rollouts(arguments: TrainArguments, interrupted: Callable[[], boo
             resource.close()
 
 
-def note_float8(config: Config) -> None:
-    """Says what happens instead of products of FP8 (kernels/scaled_matmul.py)."""
-    if config.model.precision == "fp8":
+def note_float8(config: Config, kind: str) -> None:
+    """Says whether devices of this kind multiply FP8 (kernels/scaled_matmul.py), and what happens where they do not."""
+    if config.model.precision != "fp8":
+        return
+    if multiplies_float8(kind):
+        note(f"model.precision=fp8: {kind} multiplies FP8, in all three products of every linear layer and expert")
+    else:
         note(
-            "model.precision=fp8: there are no products of FP8 yet, on any device. Numbers are rounded to FP8 as the "
-            "recipe says and multiplied in float32: it learns as it would in FP8, no faster than in float32"
+            f"model.precision=fp8: {kind} has no products of FP8 here, only TPU7x and Hopper GPUs have. Numbers are "
+            "rounded to FP8 as the recipe says and multiplied in float32: it learns as it would in FP8, no faster than "
+            "in float32"
         )
 
 

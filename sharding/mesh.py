@@ -107,6 +107,12 @@ def platform() -> str:
     return device.platform if device else jax.default_backend()
 
 
+def device_kind() -> str:
+    """What jax calls the devices, such as "TPU7x", "NVIDIA H200", "cpu"; of which devices, as in `platform`."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.device_kind if device else jax.devices()[0].device_kind
+
+
 def one_device() -> Mesh:
     """The first device alone."""
     return make_mesh(dict.fromkeys(AXES, 1))

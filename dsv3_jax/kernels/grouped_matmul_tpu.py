@@ -1,13 +1,9 @@
 """Grouped matmul on TPUs, in Pallas: jax.lax.ragged_dot there reads and multiplies rows that are in no group.
 
-Rows are taken in tiles. A grid step is a visit of one group to one tile, so that a tile on the border of two groups is
-visited by both; the number of visits is known only at run time, and is the grid's size. Of the tile, a visit computes
-the pieces of PIECE rows that the group has a part in.
+A grid step is a visit of one group to one tile of rows (`grouped_rows`).
 """
 
 import functools
-import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +11,8 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from dsv3_jax.kernels.grouped_rows import LANES, is_within, piece_by_piece, rows_of_visit, tile_of, visits_of, within
 from sharding.collectives import spread_alike
-
-LANES = 128
-PIECE = 256
-"""Rows computed at one time where a tile is not the group's alone: enough to hide the loading of a matrix unit."""
 
 # Tiles of [ROWS, STEP] x [STEP, COLUMNS]. What they move a product is 1 / ROWS + 1 / COLUMNS of an operand: 512
 # products a byte in bfloat16, about what a v6e computes in the time of a byte, and twice what a v5p does. In VMEM, with
@@ -45,8 +38,12 @@ def gradient_of_weights(rows_MD: Array, gradient_MF: Array, group_sizes_E: Array
     rows, gradient = _whole_lanes(*spread_alike(rows_MD, gradient_MF))
     (count, depth), width = rows.shape, gradient.shape[1]
     # Here the rows are what is summed over: tiles of [STEP, ROWS] and [STEP, COLUMNS].
-    tile, height, columns = _tile(count, _most(STEP, rows)), _tile(depth, _most(ROWS, rows)), _tile(width, COLUMNS)
-    visits, number = _visits(group_sizes_E, tile, pl.cdiv(count, tile), of_empty=1)
+    tile, height, columns = (
+        tile_of(count, _most(STEP, rows)),
+        tile_of(depth, _most(ROWS, rows)),
+        tile_of(width, COLUMNS),
+    )
+    visits, number = visits_of(group_sizes_E, tile, pl.cdiv(count, tile), of_empty=1)
     result = jax.ShapeDtypeStruct((len(group_sizes_E), depth, width), rows.dtype, manual_axis_type=jax.typeof(rows).mat)
     out = pl.pallas_call(
         _gradient_kernel,
@@ -69,37 +66,12 @@ def gradient_of_weights(rows_MD: Array, gradient_MF: Array, group_sizes_E: Array
     return out[:, : rows_MD.shape[1], : gradient_MF.shape[1]]
 
 
-class _Visits(NamedTuple):
-    """Which group comes to which tile, visit by visit, and the rows of each group."""
-
-    group_V: Array
-    tile_V: Array
-    start_E: Array
-    stop_E: Array
-
-
-def _visits(group_sizes_E: Array, tile: int, tiles: int, of_empty: int) -> tuple[_Visits, Array]:
-    """The visits in order of the groups, and how many they are; to an empty group belong `of_empty`."""
-    stop_E = jnp.cumsum(group_sizes_E)
-    start_E = stop_E - group_sizes_E
-    first_E = start_E // tile
-    number_E = jnp.where(group_sizes_E > 0, -(-stop_E // tile) - first_E, of_empty)
-    until_E = jnp.cumsum(number_E)
-    visit_V = jnp.arange(tiles + len(group_sizes_E))
-    group_V = jnp.minimum(jnp.sum(until_E <= visit_V[:, None], axis=1), len(group_sizes_E) - 1)
-    # An empty group may stand at the end of the last tile.
-    tile_V = jnp.minimum((first_E - until_E + number_E)[group_V] + visit_V, tiles - 1)
-    visits = _Visits(*(x.astype(jnp.int32) for x in (group_V, tile_V, start_E, stop_E)))
-    # A grid of no step at all is nothing to rely on; a visit of an empty group computes nothing.
-    return visits, jnp.maximum(until_E[-1], 1).astype(jnp.int32)
-
-
 def _product(rows_MD: Array, weights_EDF: Array, group_sizes_E: Array, transposed: bool, interpret: bool) -> Array:
     """[M, F]; `transposed`: each matrix of [E, F, D] times rows [M, D]."""
     rows, weights = _whole_lanes(*spread_alike(rows_MD, weights_EDF))
     (count, depth), width = rows.shape, weights.shape[1 if transposed else 2]
-    tile, step, columns = _tile(count, _most(ROWS, rows)), _tile(depth, _most(STEP, rows)), _tile(width, COLUMNS)
-    visits, number = _visits(group_sizes_E, tile, pl.cdiv(count, tile), of_empty=0)
+    tile, step, columns = tile_of(count, _most(ROWS, rows)), tile_of(depth, _most(STEP, rows)), tile_of(width, COLUMNS)
+    visits, number = visits_of(group_sizes_E, tile, pl.cdiv(count, tile), of_empty=0)
 
     def matrix_block(f, v, d, visits):
         return visits.group_V[v], *((f, d) if transposed else (d, f))
@@ -126,7 +98,7 @@ def _product(rows_MD: Array, weights_EDF: Array, group_sizes_E: Array, transpose
 
 
 def _product_kernel(visits, rows, weights, out, total, *, depth, step, transposed):
-    start, stop = _rows_of_visit(visits, pl.program_id(1), out.shape[0])
+    start, stop = rows_of_visit(visits, pl.program_id(1), out.shape[0])
     at = pl.program_id(2)
 
     @pl.when(at == 0)
@@ -136,22 +108,22 @@ def _product_kernel(visits, rows, weights, out, total, *, depth, step, transpose
     def add(place):
         left, right = rows[place, :], weights[...]
         if depth % step:  # what lies past the end of a dim is not zero, and may be NaN
-            left, right = _within(left, 1, 0, depth - at * step), _within(right, transposed, 0, depth - at * step)
+            left, right = within(left, 1, 0, depth - at * step), within(right, transposed, 0, depth - at * step)
         total[place, :] += _dot(left, right, 1, 1 if transposed else 0)
 
-    _piece_by_piece(start, stop, out.shape[0], add)
+    piece_by_piece(start, stop, out.shape[0], add)
 
     @pl.when(at == pl.num_programs(2) - 1)
     def _():
         # The other rows are other groups', written on the visit before or on the next.
         written = out[...].astype(jnp.float32)
-        out[...] = jnp.where(_is_within(out.shape, 0, start, stop), total[...], written).astype(out.dtype)
+        out[...] = jnp.where(is_within(out.shape, 0, start, stop), total[...], written).astype(out.dtype)
 
 
 def _gradient_kernel(visits, rows, gradient, out, total):
     visit, tile = pl.program_id(2), rows.shape[0]
     group, begin = visits.group_V[visit], visits.tile_V[visit] * tile
-    start, stop = _rows_of_visit(visits, visit, tile)
+    start, stop = rows_of_visit(visits, visit, tile)
 
     @pl.when(begin <= visits.start_E[group])
     def _():
@@ -160,38 +132,14 @@ def _gradient_kernel(visits, rows, gradient, out, total):
     def add(place, first=None):
         left, right = rows[place, :], gradient[place, :]
         if first is not None:  # both: a row of another group, or of none, may be NaN on either side
-            left, right = (_within(x, 0, start - first, stop - first) for x in (left, right))
+            left, right = (within(x, 0, start - first, stop - first) for x in (left, right))
         total[...] += _dot(left, right, 0, 0)
 
-    _piece_by_piece(start, stop, tile, add, masked=True)
+    piece_by_piece(start, stop, tile, add, masked=True)
 
     @pl.when(begin + tile >= visits.stop_E[group])
     def _():
         out[...] = total[...].astype(out.dtype)
-
-
-def _rows_of_visit(visits, visit, tile):
-    """The rows of the tile that are the visiting group's, counted within the tile."""
-    group, begin = visits.group_V[visit], visits.tile_V[visit] * tile
-    return jnp.maximum(visits.start_E[group] - begin, 0), jnp.minimum(visits.stop_E[group] - begin, tile)
-
-
-def _piece_by_piece(start, stop, tile, add, masked=False):
-    """`add` for the whole tile if all of it is the group's, otherwise for each piece with a row of the group in it."""
-    whole = (start == 0) & (stop == tile)
-    piece = math.gcd(tile, PIECE)
-
-    @pl.when(whole)
-    def _():
-        add(pl.ds(0, tile))
-
-    @pl.when(jnp.logical_not(whole))
-    def _():
-        def body(index, _):
-            first = pl.multiple_of(index * piece, piece)
-            add(pl.ds(first, piece), *([first] if masked else []))
-
-        jax.lax.fori_loop(start // piece, jnp.where(stop > start, pl.cdiv(stop, piece), 0), body, None)
 
 
 def _dot(left, right, of_left, of_right):
@@ -199,16 +147,6 @@ def _dot(left, right, of_left, of_right):
     precision = jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     dims = (((of_left,), (of_right,)), ((), ()))
     return jax.lax.dot_general(left, right, dims, precision=precision, preferred_element_type=jnp.float32)
-
-
-def _is_within(shape, dim, start, stop):
-    place = jax.lax.broadcasted_iota(jnp.int32, shape, dim)
-    return (place >= start) & (place < stop)
-
-
-def _within(x, dim, start, stop):
-    """0 outside of [start, stop) along `dim`. Selected in float32: not every TPU selects in bfloat16."""
-    return jnp.where(_is_within(x.shape, dim, start, stop), x.astype(jnp.float32), 0).astype(x.dtype)
 
 
 def _whole_lanes(rows_MD: Array, other: Array) -> tuple[Array, Array]:
@@ -220,11 +158,6 @@ def _whole_lanes(rows_MD: Array, other: Array) -> tuple[Array, Array]:
 
 def _most(size: int, array: Array) -> int:
     return size * 2 // array.dtype.itemsize
-
-
-def _tile(size: int, most: int) -> int:
-    """The smallest tile, in whole registers, that takes no more of them than `most` does."""
-    return pl.cdiv(pl.cdiv(size, pl.cdiv(size, most)), LANES) * LANES
 
 
 def _cost(rows: int, depth: int, width: int, left: Array, right: Array, written: int) -> pl.CostEstimate:

@@ -1,9 +1,12 @@
 """The three products of a linear layer in FP8, of rows sorted by group and a matrix a group.
 
 A partial sum over each 128 of what is summed over is multiplied by the scales of its two tiles, then added up in
-float32 (V3 section 3.3.2). A dense layer is one group. There are no products of FP8 here yet: on every platform the
-operands are first multiplied by their scales, the same but for float32's rounding.
+float32 (V3 section 3.3.2). A dense layer is one group. Where a device multiplies FP8, kernels of ours let it; elsewhere
+the operands are first multiplied by their scales, the same but for float32's rounding.
 """
+
+import re
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +14,29 @@ from jax import Array
 
 from dsv3_jax.kernels.grouped_matmul import grouped_gradient_of_weights, grouped_matmul
 from dsv3_jax.kernels.quantization import Scaled, blocks_of, columns_of, rows_of
+from sharding.mesh import device_kind, platform
+
+
+def multiplies_float8(kind: str) -> bool:
+    """Whether devices of this kind (`device_kind`) multiply FP8, by the kernels here.
+
+    XLA compiles products of float8_e4m3fn for any device, and where there are none in hardware lets it multiply another
+    type, unasked. So it takes a name here: TPUs of the seventh generation; GPUs of Hopper, whose kernel needs theirs.
+    """
+    return kind == "TPU7x" or re.match(r"NVIDIA (GH200|H\d+)\b", kind) is not None
+
+
+def native_kernels() -> ModuleType | None:
+    """The three functions for the devices that are compiled for; None: they multiply no FP8."""
+    if not multiplies_float8(device_kind()):
+        return None
+    if platform() == "tpu":
+        from dsv3_jax.kernels import scaled_matmul_tpu  # Pallas takes a second to import
+
+        return scaled_matmul_tpu
+    from dsv3_jax.kernels import scaled_matmul_gpu
+
+    return scaled_matmul_gpu
 
 
 def grouped_product(rows: Scaled, weights: Scaled, group_sizes_E: Array, dtype: jnp.dtype) -> Array:
@@ -22,6 +48,8 @@ def grouped_product(rows: Scaled, weights: Scaled, group_sizes_E: Array, dtype: 
         weights: codes [E, D, F], scales [E, ceil(D / 128), ceil(F / 128)].
         group_sizes_E: int32, any of them 0.
     """
+    if native := native_kernels():
+        return native.grouped_product(rows, weights, group_sizes_E, dtype)
     return _multiplied(rows_of(rows), blocks_of(weights), group_sizes_E).astype(dtype)
 
 
@@ -32,6 +60,8 @@ def grouped_input_gradient(gradient: Scaled, weights: Scaled, group_sizes_E: Arr
         gradient: codes [M, F], scales [M, ceil(F / 128)].
         weights, group_sizes_E: as in `grouped_product`.
     """
+    if native := native_kernels():
+        return native.grouped_input_gradient(gradient, weights, group_sizes_E, dtype)
     return _multiplied(rows_of(gradient), blocks_of(weights).swapaxes(1, 2), group_sizes_E).astype(dtype)
 
 
@@ -44,6 +74,8 @@ def grouped_weight_gradient(rows: Scaled, gradient: Scaled, group_sizes_E: Array
         group_sizes_E: as in `grouped_product`.
         tile_of_row_M: int32 tile of each row, rising with the rows (`quantization.token_tiles`).
     """
+    if native := native_kernels():
+        return native.grouped_weight_gradient(rows, gradient, group_sizes_E, tile_of_row_M)
     is_row_M1 = (jnp.arange(len(tile_of_row_M)) < group_sizes_E.sum())[:, None]
     left_MD, right_MF = (jnp.where(is_row_M1, columns_of(each, tile_of_row_M), 0) for each in (rows, gradient))
     if len(group_sizes_E) > 1:

@@ -10,6 +10,9 @@ from typing import NamedTuple
 
 GIGA, TERA, GIB = 1e9, 1e12, 2**30
 
+# A TPU multiplies bfloat16; a product of full float32 precision is made of so many.
+PASSES = {"float32": 6}
+
 
 class Chip(NamedTuple):
     name: str
@@ -29,6 +32,12 @@ class Chip(NamedTuple):
     """Bytes/s between machines, over the data-centre network."""
     example: str
     """A topology of it."""
+    float8_flops: float | None = None
+    """FLOP/s of float8 products; None: they are made of products of bfloat16."""
+
+    def rate(self, dtype: str) -> float:
+        """FLOP/s of products of this type, each of full precision."""
+        return self.float8_flops or self.flops if dtype.startswith("float8") else self.flops / PASSES.get(dtype, 1)
 
 
 CHIPS = {
@@ -38,7 +47,9 @@ CHIPS = {
         Chip("v5e", 1, 197 * TERA, 16 * GIB, 819 * GIGA, 50 * GIGA, 2, 25 / 8 * GIGA, "v5e:16x16"),
         Chip("v5p", 1, 459 * TERA, 95 * GIB, 2765 * GIGA, 100 * GIGA, 3, 50 / 8 * GIGA, "v5p:4x4x8"),
         Chip("v6e", 1, 918 * TERA, 32 * GIB, 1638 * GIGA, 100 * GIGA, 2, 100 / 8 * GIGA, "v6e:16x16"),
-        Chip("tpu7x", 2, 2307 * TERA, 192 * GIB, 7380 * GIGA, 100 * GIGA, 3, 100 / 8 * GIGA, "tpu7x:4x4x8"),
+        Chip(
+            "tpu7x", 2, 2307 * TERA, 192 * GIB, 7380 * GIGA, 100 * GIGA, 3, 100 / 8 * GIGA, "tpu7x:4x4x8", 4614 * TERA
+        ),
     )
 }
 

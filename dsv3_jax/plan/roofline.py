@@ -14,9 +14,6 @@ from dsv3_jax.plan.chips import Chip, wraps
 from dsv3_jax.plan.collectives import Collective
 from dsv3_jax.plan.topology import Topology
 
-# A TPU multiplies bfloat16; a product of full float32 precision is made of so many.
-PASSES = {"float32": 6}
-
 
 class Times(NamedTuple):
     """Seconds a device is busy in one run of the program."""
@@ -47,7 +44,7 @@ def times(
 ) -> Times:
     """Of a device's FLOPs by type, its bytes from and to main memory, and its collectives."""
     chip = machine.chip
-    products = sum(number * PASSES.get(dtype, 1) for dtype, number in flops.items()) / (chip.flops / chip.devices)
+    products = sum(number / (chip.rate(dtype) / chip.devices) for dtype, number in flops.items())
     links = network = 0.0
     for each in collectives:
         seconds, crosses = seconds_of(each, mesh, machine)

@@ -20,30 +20,31 @@ ROWS = sum(SIZES) + 9
 POWERS = Recipe("power_of_two")
 
 
-def _inputs(depth: int, width: int):
+def _inputs(depth: int, width: int, sizes: list[int] = SIZES, rest: int = 9):
     random = np.random.default_rng(depth)
     # Numbers of a bfloat16 model: channels and tokens of very different sizes, where one scale for all would lose most.
-    rows = random.standard_normal((ROWS, depth)) * 10.0 ** random.uniform(-2, 2, (ROWS, 1))
-    gradient = random.standard_normal((ROWS, width)) * 10.0 ** random.uniform(-3, 0, (ROWS, 1))
-    weights = (random.standard_normal((len(SIZES), depth, width)) * 0.1).astype(np.float32)
+    count = sum(sizes) + rest
+    rows = random.standard_normal((count, depth)) * 10.0 ** random.uniform(-2, 2, (count, 1))
+    gradient = random.standard_normal((count, width)) * 10.0 ** random.uniform(-3, 0, (count, 1))
+    weights = (random.standard_normal((len(sizes), depth, width)) * 0.1).astype(np.float32)
     rows, gradient = (np.asarray(x, jnp.bfloat16).astype(np.float32) for x in (rows, gradient))
-    rows[sum(SIZES) :] = np.nan
+    rows[sum(sizes) :] = np.nan
     return rows, weights, gradient
 
 
-def _groups():
-    starts = np.cumsum(SIZES) - SIZES
-    return [slice(start, start + size) for start, size in zip(starts, SIZES, strict=True)]
+def _groups(sizes: list[int]):
+    starts = np.cumsum(sizes) - sizes
+    return [slice(start, start + size) for start, size in zip(starts, sizes, strict=True)]
 
 
-def _products(rows, weights, gradient, *, power=False, gradient_power=False, columns_from=None):
+def _products(rows, weights, gradient, *, power=False, gradient_power=False, columns_from=None, sizes=SIZES):
     """The product, and the gradients of rows and weights."""
     columns_from = reference.as_rows(rows, power) if columns_from is None else columns_from
     of_rows, wide = reference.as_rows(rows, power), reference.as_rows(gradient, gradient_power)
     came_in = wide if gradient_power and not power else gradient
-    left, right = (reference.as_columns(x.astype(np.float32), SIZES, power) for x in (columns_from, came_in))
+    left, right = (reference.as_columns(x.astype(np.float32), sizes, power) for x in (columns_from, came_in))
     out, of_input, of_weights = np.zeros(gradient.shape), np.zeros(rows.shape), np.zeros(weights.shape)
-    for group, mine in enumerate(_groups()):
+    for group, mine in enumerate(_groups(sizes)):
         blocks = reference.as_blocks(weights[group], power)
         for k in reference.cut(rows.shape[1]):
             out[mine] += of_rows[mine, k] @ blocks[k]
@@ -55,21 +56,26 @@ def _products(rows, weights, gradient, *, power=False, gradient_power=False, col
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _found(recipe, keep_values, rows, weights, gradient):
+    return _layer(recipe, keep_values, jnp.array(SIZES, jnp.int32), rows, weights, gradient)
+
+
+def _layer(recipe, keep_values, sizes, rows, weights, gradient):
+    """The product, and the gradients of rows and weights."""
+
     def layer(rows, weights):
         matrices = Encoded(quantized_blocks(jax.lax.stop_gradient(weights), recipe), weights)
-        sizes = jnp.array(SIZES, jnp.int32)
         return product(rows, matrices, sizes, recipe, keep_values=keep_values)
 
     out, transpose = jax.vjp(layer, rows, weights)
     return out, *transpose(gradient)
 
 
-def _assert_close(found, wanted, types):
+def _assert_close(found, wanted, types, sizes=SIZES):
     for one, other, dtype in zip(found, wanted, types, strict=True):
         assert one.dtype == dtype
         one = np.asarray(one, np.float64)
         if one.ndim == 2:  # what is no row means nothing
-            one, other = one[: sum(SIZES)], other[: sum(SIZES)]
+            one, other = one[: sum(sizes)], other[: sum(sizes)]
         # A sum in float32, then one rounding to the type.
         step = 2.0**-8 if dtype == jnp.bfloat16 else 2.0**-22
         np.testing.assert_allclose(one, other, rtol=step, atol=2e-6 * np.abs(other).max(axis=-1, keepdims=True).max())

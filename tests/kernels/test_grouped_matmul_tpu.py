@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
 
-from dsv3_jax.kernels import grouped_matmul_tpu
+from dsv3_jax.kernels import grouped_matmul_tpu, grouped_rows
 from dsv3_jax.kernels.grouped_matmul import grouped_gradient_of_weights, grouped_matmul
 from sharding.mesh import on_mesh
 from tests.kernels.test_grouped_matmul import CASES, _inputs, _loop
@@ -29,7 +29,8 @@ def emulated(monkeypatch):
         gradient_of_weights=functools.partial(grouped_matmul_tpu.gradient_of_weights, interpret=True),
     )
     monkeypatch.setattr("dsv3_jax.kernels.grouped_matmul._kernels", lambda: kernels)
-    for name, size in {"PIECE": 128, "ROWS": 256, "COLUMNS": 128, "STEP": 256}.items():
+    monkeypatch.setattr(grouped_rows, "PIECE", 128)
+    for name, size in {"ROWS": 256, "COLUMNS": 128, "STEP": 256}.items():
         monkeypatch.setattr(grouped_matmul_tpu, name, size)
     return jax.jit(lambda *inputs: _gradients_too(*inputs))  # a function of its own, for a cache of its own
 
@@ -81,7 +82,7 @@ def test_rows_of_no_group_at_all(emulated):
 def test_tiles_past_the_last_group_are_not_visited():
     for sizes in ([0, 0, 0], [1000, 24, 0], [1000, 30, 0], [1, 1, 1], [4096, 0, 0]):
         for of_empty in (0, 1):
-            visits, number = grouped_matmul_tpu._visits(jnp.array(sizes), 512, 8, of_empty)
+            visits, number = grouped_rows.visits_of(jnp.array(sizes), 512, 8, of_empty)
             stops = np.cumsum(sizes)
             expected = [
                 (group, tile)

@@ -83,3 +83,11 @@ def test_times_of_a_program_and_what_bounds_it():
     found = times({"bfloat16": 459e12, "float32": 459e12 / 6}, 2765e9, [gather], mesh, machine)
     assert found == Times(pytest.approx(2.0), pytest.approx(1.0), pytest.approx(0.01), 0.0)
     assert found.bound == "products" and found.overlapped == 2.0 and found.in_turn == pytest.approx(3.01)
+
+
+def test_products_of_fp8_have_a_rate_of_their_own_where_a_chip_has_them():
+    rates = {name: chip.rate("float8_e4m3fn") / chip.rate("bfloat16") for name, chip in CHIPS.items()}
+    assert rates == {"v4": 1, "v5e": 1, "v5p": 1, "v6e": 1, "tpu7x": 2}
+    machine = _machine("tpu7x", 4, 4, 4)
+    found = times({"float8_e4m3fn": 4614e12, "bfloat16": 2307e12}, 0.0, [], _mesh(machine, fsdp=128), machine)
+    assert found.products == pytest.approx(4.0)  # a chip is two devices

@@ -151,9 +151,17 @@ def test_options_of_fp8_need_it(tiny_model):
             check(dataclasses.replace(tiny, model=tiny_model(**{name: value})))
 
 
-def test_a_run_says_that_nothing_multiplies_fp8(config, capsys):
-    train.note_float8(config)
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("model.precision=fp8: there are no products of FP8 yet, on any device.")
-    train.note_float8(tiny)
+def test_a_run_says_whether_its_devices_multiply_fp8_and_what_happens_if_not(config, capsys):
+    for kind, said in {
+        "cpu": "cpu has no products of FP8 here, only TPU7x and Hopper GPUs have. Numbers are rounded to FP8 as the",
+        "TPU v6 lite": "TPU v6 lite has no products of FP8 here",
+        "NVIDIA A100-SXM4-80GB": "NVIDIA A100-SXM4-80GB has no products of FP8 here",
+        "TPU7x": "TPU7x multiplies FP8, in all three products",
+        "NVIDIA H100 80GB HBM3": "NVIDIA H100 80GB HBM3 multiplies FP8",
+        "NVIDIA H200": "NVIDIA H200 multiplies FP8",
+    }.items():
+        train.note_float8(config, kind)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"model.precision=fp8: {said}")
+    train.note_float8(tiny, "cpu")
     assert capsys.readouterr().err == ""

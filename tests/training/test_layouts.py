@@ -53,7 +53,13 @@ LAYOUTS: dict[str, dict[str, int]] = {
     "fsdp 2, expert 2, tensor 2": {"fsdp": 2, "expert": 2, "tensor": 2},
     "expert 2, context 2, tensor 2": {"expert": 2, "context": 2, "tensor": 2},
 }
-every_layout = pytest.mark.parametrize("name", LAYOUTS)
+# Every axis is in one of these; tests/slow/test_layouts.py has the others.
+FEW = ("expert 8", "node 2, expert 4", "data 2, fsdp 2, expert 2", "expert 2, context 2, tensor 2")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "layout" in metafunc.fixturenames:
+        metafunc.parametrize("layout", FEW)
 
 
 class Trained(NamedTuple):
@@ -130,9 +136,8 @@ def test_a_run_starts_from_the_same_bits_on_every_layout():
         np.testing.assert_array_equal(one, other)
 
 
-@every_layout
-def test_ten_steps_are_those_of_one_device(name):
-    alone, found = _trained(), _trained(*LAYOUTS[name].items())
+def test_ten_steps_are_those_of_one_device(layout):
+    alone, found = _trained(), _trained(*LAYOUTS[layout].items())
     for one, other in zip(alone.metrics, found.metrics, strict=True):
         _assert_close(other.losses, one.losses)
         _assert_close(other.gradient_norm, one.gradient_norm)
@@ -153,10 +158,9 @@ def test_microbatches_and_recomputation_on_a_mesh_change_nothing():
     _assert_close(found.last.parameters, alone.last.parameters)
 
 
-@every_layout
-def test_copies_of_a_piece_are_the_same_bits_on_every_device(name):
+def test_copies_of_a_piece_are_the_same_bits_on_every_device(layout):
     copies = 0
-    for leaf in jax.tree.leaves(_trained(*LAYOUTS[name].items()).last):
+    for leaf in jax.tree.leaves(_trained(*LAYOUTS[layout].items()).last):
         pieces = collections.defaultdict(list)
         for shard in leaf.addressable_shards:
             pieces[str(shard.index)].append(np.asarray(shard.data).tobytes())
@@ -249,14 +253,13 @@ COLLECTIVES: dict[str, dict[tuple[str, tuple[str, ...]], int]] = {
 }
 
 
-@every_layout
-def test_the_compiled_step_has_the_collectives_the_layout_needs_and_no_other(name):
+def test_the_compiled_step_has_the_collectives_the_layout_needs_and_no_other(layout):
     """A reshard that XLA put in, or a gather where a piece would do, is one too many."""
-    trained = _trained(*LAYOUTS[name].items())
+    trained = _trained(*LAYOUTS[layout].items())
     found = collections.Counter(
         (each.kind, each.axes) for each in collectives(Program(trained.compiled.as_text()), trained.mesh)
     )
-    assert found == COLLECTIVES[name]
+    assert found == COLLECTIVES[layout]
 
 
 def test_a_checkpoint_of_one_layout_is_read_on_another_value_for_value(tmp_path):
