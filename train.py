@@ -38,6 +38,7 @@ from dsv3_jax.posttraining.grpo_step import make_grpo_step, make_scorer
 from dsv3_jax.posttraining.rollout import open_rollouts
 from dsv3_jax.processes import is_first_process, join_processes
 from dsv3_jax.training.checkpoint import Checkpoints, complete_steps, open_checkpoint
+from dsv3_jax.training.distillation import open_teacher
 from dsv3_jax.training.evaluation import Evaluation, make_evaluate
 from dsv3_jax.training.flops import measured_matmul_rate
 from dsv3_jax.training.interruption import catch_signals
@@ -77,9 +78,13 @@ def train(arguments: TrainArguments, interrupted: Callable[[], bool]) -> None:
     documents = f"{len(corpus.train)} {config.data.kind} to train on, {len(corpus.validation)} held out"
     note(f"corpus {config.data.path}: {documents}")
     source = open_source(arguments)
-    tokenizer_text = given_tokenizer(arguments, source)
+    tokenizer_text, teacher = given_tokenizer(arguments, source), None
+    if config.loss.teacher:
+        of_teacher = open_model(Path(config.loss.teacher))
+        tokenizer_text = tokenizer_text or of_teacher.tokenizer
+        teacher = open_teacher(of_teacher, config, tokenizer_text, mesh)
     # Compiling needs only the config: it goes on in the background while tokenizer, parameters and data get ready.
-    train_step = ThreadPoolExecutor(1).submit(compile_train_step, config, skeleton, mesh)
+    train_step = ThreadPoolExecutor(1).submit(compile_train_step, config, skeleton, mesh, teacher)
     tokenizer_text = tokenizer_text or new_tokenizer(config, corpus)
     tokenizer = tokenizer_from(tokenizer_text, "the tokenizer", config.model.vocabulary)
     texts = texts_from(workdir, source)

@@ -36,7 +36,7 @@ config = Config(
         remat="none",
     ),
     data=DataConfig(kind="chats", path="task"),
-    training=TrainingConfig(tokens=1_228_800, sequence_length=256, batch_size=4),
+    training=TrainingConfig(tokens=1_638_400, sequence_length=256, batch_size=4),
     optimizer=OptimizerConfig(
         learning_rate=4e-3,
         warmup_steps=40,

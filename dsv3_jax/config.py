@@ -264,6 +264,13 @@ class LossConfig:
     """Share of the run after which mtp_late_weight applies."""
     mtp_late_weight: float = 0.1
     """Lambda of the MTP loss for the rest of the run."""
+    teacher: str | None = None
+    """Folder with a model, of the same tokenizer, whose probabilities are learnt in place of the next tokens
+    (distillation): the same step runs it on the same rows."""
+    teacher_weight: float = 1.0
+    """Share of the divergence from the teacher; the rest is the loss of the next token. MTP learns the tokens."""
+    teacher_temperature: float = 1.0
+    """Divides the logits of both before they are compared."""
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,9 @@ def check(config: Config) -> None:
         ("loss", "mtp_late_weight"),
     ):
         _at_least(f"{section}.{name}", getattr(getattr(config, section), name), 0)
-    for name in ("bias_until", "mtp_weight_until"):
+    if not loss.teacher_temperature > 0:
+        raise ConfigError(f"loss.teacher_temperature={loss.teacher_temperature} must be above 0")
+    for name in ("bias_until", "mtp_weight_until", "teacher_weight"):
         _between(f"loss.{name}", getattr(loss, name), 0.0, 1.0)
     _at_least("checkpoint.interval", config.checkpoint.interval, 1)
     _at_least("checkpoint.keep", config.checkpoint.keep, 1)

@@ -39,7 +39,7 @@ class CountdownProblem:
     @property
     def prompt(self) -> str:
         numbers = ", ".join(map(str, self.numbers))
-        return f"Make {self.target} from the numbers {numbers}: use each once, with + - * / and parentheses."
+        return f"Make {self.target} from {numbers} with +-*/, each once."
 
     def verify(self, response: str) -> Verdict:
         answer = answer_in(response)
@@ -61,8 +61,10 @@ class CountdownProblem:
         return list(found.values())
 
     def demonstration(self) -> str:
-        lines = [f"{','.join(attempt.steps)} no" for attempt in self.failures()]
-        return in_response_form("\n".join([*lines, f"{','.join(self.solution.steps)} yes"]), self.solution.expression)
+        # The target beside each result: that the two are the same is then seen before it is said.
+        lines = [f"{','.join(attempt.steps)} for {self.target} no" for attempt in self.failures()]
+        lines.append(f"{','.join(self.solution.steps)} for {self.target} yes")
+        return in_response_form("\n".join(lines), self.solution.expression)
 
 
 def countdown(config: TaskConfig) -> GeneratedTask[CountdownProblem]:

@@ -1,5 +1,9 @@
 """Cross entropy of a large vocabulary without the logits of all tokens in memory at once."""
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -24,25 +28,35 @@ def cross_entropy(hidden_ND: Array, head_DW: Array, labels_N: Array, counted_N: 
     Differentiated in reverse only. The forward pass already computes both gradients, because it has the softmax in
     hand: three products a chunk and no recomputation.
     """
-    return _cross_entropy(hidden_ND, head_DW, labels_N, counted_N)
+    return chunked_loss(_chunk_loss, hidden_ND, head_DW, (), (labels_N, counted_N))
 
 
-@jax.custom_vjp
-def _cross_entropy(hidden_ND, head_DW, labels_N, counted_N):
-    def chunk(total, rows):
-        hidden, labels, counted = rows
-        loss, _ = _chunk_loss(hidden, head_DW, labels, counted)
+ChunkLoss = Callable[[Array, Array, Any, Any], tuple[Array, Array]]
+"""Of a chunk's hidden states, the head, what all chunks share and the chunk's rows: the summed loss, and its gradient
+in the logits [N, W]."""
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def chunked_loss(chunk_loss: ChunkLoss, hidden_ND: Array, head_DW: Array, shared: Any, rows: Any) -> Array:
+    """The sum of `chunk_loss` over chunks of all tokens; differentiated in `hidden_ND` and `head_DW` alone.
+
+    `rows`: a tuple of arrays [N, ..], of which a token that is padding has zeros.
+    """
+
+    def chunk(total, of_chunk):
+        hidden, *rows = of_chunk
+        loss, _ = chunk_loss(hidden, head_DW, shared, rows)
         return total + loss, None
 
     start = spread_like(jnp.zeros((), jnp.float32), hidden_ND)
-    return jax.lax.scan(chunk, start, in_chunks(hidden_ND, labels_N, counted_N))[0]
+    return jax.lax.scan(chunk, start, in_chunks(hidden_ND, *rows))[0]
 
 
-def _forward(hidden_ND, head_DW, labels_N, counted_N):
-    def chunk(carry, rows):
+def _forward(chunk_loss, hidden_ND, head_DW, shared, rows):
+    def chunk(carry, of_chunk):
         total, head_gradient = carry
-        hidden, labels, counted = rows
-        loss, logit_gradient = _chunk_loss(hidden, head_DW, labels, counted)
+        hidden, *rows = of_chunk
+        loss, logit_gradient = chunk_loss(hidden, head_DW, shared, rows)
         dtype = hidden.dtype
         hidden_gradient = contract("nw,dw->nd", logit_gradient, head_DW, dtype)
         head_gradient += contract("nd,nw->dw", hidden, logit_gradient, dtype, jnp.dtype(jnp.float32))
@@ -52,21 +66,21 @@ def _forward(hidden_ND, head_DW, labels_N, counted_N):
         spread_like(jnp.zeros((), jnp.float32), hidden_ND),
         spread_like(jnp.zeros(head_DW.shape, jnp.float32), hidden_ND, head_DW),
     )
-    (total, head_gradient), hidden_gradient = jax.lax.scan(chunk, start, in_chunks(hidden_ND, labels_N, counted_N))
+    (total, head_gradient), hidden_gradient = jax.lax.scan(chunk, start, in_chunks(hidden_ND, *rows))
     hidden_gradient = hidden_gradient.reshape(-1, hidden_ND.shape[1])[: hidden_ND.shape[0]]
     return total, (hidden_gradient, head_gradient.astype(head_DW.dtype))
 
 
-def _backward(saved, cotangent):
+def _backward(chunk_loss, saved, cotangent):
     of_hidden, of_head = (gradient * cotangent.astype(gradient.dtype) for gradient in saved)
     return of_hidden, of_head, None, None
 
 
-_cross_entropy.defvjp(_forward, _backward)
+chunked_loss.defvjp(_forward, _backward)
 
 
-def _chunk_loss(hidden_ND: Array, head_DW: Array, labels_N: Array, counted_N: Array) -> tuple[Array, Array]:
-    """Summed loss of a chunk and its gradient in the logits [N, W]."""
+def _chunk_loss(hidden_ND: Array, head_DW: Array, _: Any, rows: Any) -> tuple[Array, Array]:
+    labels_N, counted_N = rows
     logits_NW = contract("nd,dw->nw", hidden_ND, head_DW, hidden_ND.dtype, jnp.dtype(jnp.float32))
     shifted_NW = logits_NW - largest(logits_NW.max(axis=-1, keepdims=True), TENSOR_AXES)
     powers_NW = jnp.exp(shifted_NW)
@@ -88,11 +102,11 @@ def label_logits(logits_NW: Array, column_N1: Array) -> Array:
 
 
 def in_chunks(*arrays: Array) -> tuple[Array, ...]:
-    """Rows of all N tokens cut into equal chunks, the last padded with zeros: tokens that do not count."""
+    """The tokens [N, ..] cut into equal chunks, the last padded with zeros, which do not count."""
     tokens = arrays[0].shape[0]
     count = -(-tokens // TOKENS_AT_ONCE)
     size = -(-tokens // count)
-    return tuple(_cut(rows, count, size) for rows in arrays)
+    return tuple(_cut(array, count, size) for array in arrays)
 
 
 def _cut(rows: Array, count: int, size: int) -> Array:

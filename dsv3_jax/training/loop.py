@@ -152,6 +152,7 @@ class Meter:
             "loss": float(metrics.losses.next_token),
             **({"mtp_loss": float(mtp.mean())} if mtp.size else {}),
             "balance_loss": float(metrics.losses.balance),
+            **({} if metrics.losses.teacher is None else {"teacher_loss": float(metrics.losses.teacher)}),
             "gradient_norm": float(metrics.gradient_norm),
             "learning_rate": float(metrics.learning_rate),
             "tokens_per_second": speed,

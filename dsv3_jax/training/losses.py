@@ -9,6 +9,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.layers import whole
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.training.cross_entropy import cross_entropy
+from dsv3_jax.training.distillation import teacher_loss
 from sharding.context import context_part
 
 
@@ -37,6 +38,8 @@ class LossWeights(NamedTuple):
 
     mtp: Array
     balance: Array
+    teacher: float = 0.0
+    """Share of a teacher's probabilities in what predicts the next token; the rest are the labels'."""
 
 
 class Losses(NamedTuple):
@@ -48,6 +51,8 @@ class Losses(NamedTuple):
     """[mtp_depth], nats a token, each over its own valid positions."""
     balance: Array
     """Scalar, a row and layer: 1 is balanced. No weight applied."""
+    teacher: Array | None = None
+    """Scalar, nats a token: how far the next token's probabilities are from a teacher's; None: there is none."""
 
 
 class LossCounts(NamedTuple):
@@ -80,7 +85,16 @@ def loss_counts(batch: Batch, mtp_depth: int) -> LossCounts:
     return LossCounts(counted.sum(axis=(0, 1)), (batch.segment_ids[:, :-1] > 0).any(axis=1).sum())
 
 
-def loss_sums(model: Transformer, batch: Batch, *, isolate_documents: bool) -> tuple[Losses, list[Array]]:
+class TeacherModel(NamedTuple):
+    """A model whose probabilities are learnt."""
+
+    model: Transformer
+    temperature: float
+
+
+def loss_sums(
+    model: Transformer, batch: Batch, *, isolate_documents: bool, teacher: TeacherModel | None = None
+) -> tuple[Losses, list[Array]]:
     """Sums of every loss over the batch, and the load [.., E] of every router in the order of `router_biases`."""
     config = model.model
     ahead = Targets(*map(context_part, targets(batch, config.mtp_depth)))
@@ -104,11 +118,24 @@ def loss_sums(model: Transformer, batch: Batch, *, isolate_documents: bool) -> t
 
     mtp = [token_loss(state, depth) for depth, state in enumerate(states, start=1)]
     statistics = ([of_blocks] if of_blocks is not None else []) + of_modules
+    normed_BSD = model.norm(hidden_BSD)
     losses = Losses(
-        token_loss(model.norm(hidden_BSD), 0),
+        token_loss(normed_BSD, 0),
         jnp.stack(mtp) if mtp else jnp.zeros((0,), jnp.float32),
         sum((one.balance.sum() for one in statistics), start=jnp.zeros((), jnp.float32)),
     )
+    if teacher:
+        theirs = teacher.model
+        theirs_BSD, _ = theirs.hidden_states(tokens_BS, positions_BS, segment_ids_BS, present_BS)
+        of_teacher = teacher_loss(
+            normed_BSD.reshape(-1, config.width),
+            head_DW,
+            theirs.norm(theirs_BSD).reshape(-1, theirs.model.width),
+            whole(theirs.head, jnp.dtype(theirs.model.dtype)),
+            ahead.counted[..., 0].reshape(-1),
+            teacher.temperature,
+        )
+        losses = losses._replace(teacher=of_teacher)
     return losses, [one.load_E for one in statistics]
 
 
@@ -117,7 +144,10 @@ def mean_losses(sums: Losses, counts: LossCounts, config: ModelConfig) -> Losses
     tokens = jnp.maximum(counts.tokens, 1)
     routers = max(config.moe_layers + config.mtp_depth, 1)
     return Losses(
-        sums.next_token / tokens[0], sums.mtp / tokens[1:], sums.balance / (jnp.maximum(counts.rows, 1) * routers)
+        sums.next_token / tokens[0],
+        sums.mtp / tokens[1:],
+        sums.balance / (jnp.maximum(counts.rows, 1) * routers),
+        None if sums.teacher is None else sums.teacher / tokens[0],
     )
 
 
@@ -125,4 +155,7 @@ def objective(means: Losses, weights: LossWeights, config: ModelConfig) -> Array
     """The scalar that is minimised. The balance loss is summed over layers and averaged over rows."""
     routers = config.moe_layers + config.mtp_depth
     mtp = means.mtp.sum() / max(config.mtp_depth, 1)
-    return means.next_token + weights.mtp * mtp + weights.balance * routers * means.balance
+    next_token = means.next_token
+    if means.teacher is not None:
+        next_token = (1 - weights.teacher) * next_token + weights.teacher * means.teacher
+    return next_token + weights.mtp * mtp + weights.balance * routers * means.balance

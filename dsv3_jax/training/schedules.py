@@ -27,6 +27,7 @@ def loss_weights(step: Array | int, loss: LossConfig, steps: int) -> LossWeights
     return LossWeights(
         jnp.where(early, loss.mtp_weight, loss.mtp_late_weight).astype(jnp.float32),
         jnp.asarray(loss.balance_weight, jnp.float32),
+        loss.teacher_weight,
     )
 
 

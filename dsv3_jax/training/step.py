@@ -9,13 +9,15 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsv3_jax.config import Config
-from dsv3_jax.model.functional import Skeleton, Tree, put_together, take_apart
+from dsv3_jax.model.functional import Skeleton, Tree, parameter_specs, put_together, take_apart
 from dsv3_jax.model.router import updated_bias
 from dsv3_jax.training.accumulation import accumulated, chosen, clipped, global_norm, stepped
+from dsv3_jax.training.distillation import Teacher
 from dsv3_jax.training.losses import (
     Batch,
     Losses,
     LossWeights,
+    TeacherModel,
     loss_counts,
     loss_sums,
     mean_losses,
@@ -46,17 +48,23 @@ class StepMetrics(NamedTuple):
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
 
 
-def make_train_step(config: Config, skeleton: Skeleton, mesh: Mesh) -> jax.stages.Wrapped:
+def make_train_step(
+    config: Config, skeleton: Skeleton, mesh: Mesh, teacher: Skeleton | None = None
+) -> jax.stages.Wrapped:
     """The jitted step for batches of [batch_size, sequence_length + 1]; it consumes its state's buffers.
 
-    It runs on every device of the mesh, with that device's rows and pieces of the state.
+    It runs on every device of the mesh, with that device's rows and pieces of the state. With a teacher it takes as
+    third argument the teacher's two trees.
     """
     optimizer = adamw(config, skeleton)
     steps = config.training.steps
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+    def train_step(state: TrainState, batch: Batch, *trees: tuple[Tree, Tree]) -> tuple[TrainState, StepMetrics]:
         weights = loss_weights(state.step, config.loss, steps)
-        losses, loads, gradients = accumulated_gradients(state, batch, weights, config, skeleton)
+        of_teacher = None
+        if teacher:
+            of_teacher = TeacherModel(put_together(teacher, *trees[0]), config.loss.teacher_temperature)
+        losses, loads, gradients = accumulated_gradients(state, batch, weights, config, skeleton, of_teacher)
         norm = global_norm(gradients)
         finite = jnp.isfinite(norm) & jnp.isfinite(objective(losses, weights, config.model))
 
@@ -73,21 +81,30 @@ def make_train_step(config: Config, skeleton: Skeleton, mesh: Mesh) -> jax.stage
         return state_after, StepMetrics(losses, norm, rate, loads, _dropped(loads, batch, config), finite)
 
     specs = state_specs(config, skeleton, mesh)
-    on_devices = on_mesh(train_step, mesh, (specs, row_spec(mesh)), (specs, PartitionSpec()))
+    of_teacher = [parameter_specs(teacher, mesh)] if teacher else []
+    on_devices = on_mesh(train_step, mesh, (specs, row_spec(mesh), *of_teacher), (specs, PartitionSpec()))
     return jax.jit(on_devices, donate_argnums=0)
 
 
-def compile_train_step(config: Config, skeleton: Skeleton, mesh: Mesh) -> TrainStep:
-    """`make_train_step`, compiled before there is a state or a batch to call it with."""
+def compile_train_step(config: Config, skeleton: Skeleton, mesh: Mesh, teacher: Teacher | None = None) -> TrainStep:
+    """`make_train_step`, compiled before there is a state or a batch to call it with; the teacher's arrays given."""
     shape = config.training.batch_size, config.training.sequence_length + 1
     rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, row_spec(mesh)))
     state = abstract_state(config, skeleton, mesh)
     batch = Batch(rows, rows, rows, rows if config.data.kind == "chats" else None)
-    return make_train_step(config, skeleton, mesh).lower(state, batch).compile()
+    if teacher is None:
+        return make_train_step(config, skeleton, mesh).lower(state, batch).compile()
+    compiled = make_train_step(config, skeleton, mesh, teacher.skeleton).lower(state, batch, teacher.trees).compile()
+    return lambda state, batch: compiled(state, batch, teacher.trees)
 
 
 def accumulated_gradients(
-    state: TrainState, batch: Batch, weights: LossWeights, config: Config, skeleton: Skeleton
+    state: TrainState,
+    batch: Batch,
+    weights: LossWeights,
+    config: Config,
+    skeleton: Skeleton,
+    teacher: TeacherModel | None = None,
 ) -> tuple[Losses, list[Array], Tree]:
     """Mean losses, loads and gradients of the batch, taken in `microbatches` parts one after the other.
 
@@ -99,7 +116,7 @@ def accumulated_gradients(
 
     def part_loss(parameters: Tree, part: Batch) -> tuple[Array, tuple[Losses, list[Array]]]:
         model = put_together(skeleton, parameters, state.router_bias)
-        sums, loads = loss_sums(model, part, isolate_documents=config.data.isolated)
+        sums, loads = loss_sums(model, part, isolate_documents=config.data.isolated, teacher=teacher)
         means = mean_losses(sums, counts, config.model)
         return objective(means, weights, config.model), (means, loads)
 

@@ -46,6 +46,18 @@ def test_nothing_is_predicted_across_documents_or_into_padding():
     np.testing.assert_array_equal(counted[1].T, [[1, 0, 0, 0, 0, 0, 0], [0] * 7, [0] * 7])
 
 
+def test_the_mask_of_what_is_learnt_moves_with_the_token_that_is_predicted():
+    segments = [[1, 1, 1, 1, 2, 2, 2, 2, 2, 0], [1] * 10]
+    learnt = np.array([[0, 0, 1, 1, 0, 0, 0, 1, 1, 1], [0] * 5 + [1] * 5])
+    batch = _batch(segments)._replace(learnt=jnp.asarray(learnt, jnp.int32))
+    counted = targets(batch, mtp_depth=2).counted
+    for row, place, depth in np.ndindex(2, 9, 3):
+        target = place + depth + 1
+        own = target < 10 and segments[row][place] == segments[row][target] != 0
+        assert bool(counted[row, place, depth]) == bool(own and learnt[row, target]), (row, place, depth)
+    np.testing.assert_array_equal(loss_counts(batch, mtp_depth=2).tokens, counted.sum(axis=(0, 1)))
+
+
 def test_a_module_deeper_than_the_row_counts_nothing():
     counted = targets(_batch([[1, 1, 1]]), mtp_depth=4).counted
     np.testing.assert_array_equal(counted[0].T, [[1, 1], [1, 0], [0, 0], [0, 0], [0, 0]])
@@ -110,8 +122,8 @@ def measure() -> Callable[[np.ndarray], tuple[Losses, list[jax.Array], list[jax.
     positions = np.tile(np.arange(13, dtype=np.int32), (3, 1))
 
     @jax.jit
-    def run(trees, tokens):
-        batch, model = Batch(tokens, DOCUMENTS, positions), put_together(skeleton, *trees)
+    def run(trees, tokens, learnt=None):
+        batch, model = Batch(tokens, DOCUMENTS, positions, learnt), put_together(skeleton, *trees)
         sums, loads = loss_sums(model, batch, isolate_documents=True)
         where = positions[:, :-1], DOCUMENTS[:, :-1]
         hidden, _ = model.hidden_states(tokens[:, :-1], *where)
@@ -147,6 +159,22 @@ def test_loads_count_the_tokens_each_router_saw(measure):
     assert [load.shape for load in loads] == [(1, 4), (4,), (4,)]
     # Present tokens; those with a token to embed and one to predict; one further. Each goes to two experts.
     assert [int(load.sum()) for load in loads] == [2 * (12 + 4), 2 * (3 + 6 + 2), 2 * (2 + 5 + 1)]
+
+
+def test_what_is_not_learnt_is_read_and_adds_nothing(measure):
+    tokens = _tokens()
+    learnt = np.random.default_rng(5).integers(0, 2, DOCUMENTS.shape).astype(np.int32)
+    sums, _, logits = measure(tokens, learnt)
+    for depth, logits_BSW in enumerate(logits):
+        log_softmax = _log_softmax(logits_BSW)
+        nats = sum(
+            -log_softmax[row, place, tokens[row, place + depth + 1]]
+            for row in range(3)
+            for place in range(12 - depth)
+            if DOCUMENTS[row, place] == DOCUMENTS[row, place + depth + 1] != 0 and learnt[row, place + depth + 1]
+        )
+        found = sums.next_token if depth == 0 else sums.mtp[depth - 1]
+        np.testing.assert_allclose(found, nats, rtol=1e-5)
 
 
 def test_what_padding_holds_changes_no_loss_and_no_load(measure):
