@@ -189,8 +189,8 @@ def test_a_run_that_has_ended_shows_its_figures_again(uninterrupted, start, caps
     ("options", "message"),
     [
         (["--grpo.group_size=1", "--grpo.prompts=16"], "grpo.group_size, whose responses are compared with each"),
-        (["--grpo.prompts=4"], "training.batch_size=8, the responses of an update, times grpo.updates_per_rollout=2"),
-        (["--grpo.max_new_tokens=20"], "training.sequence_length=32 must be at least 35: a response of grpo.max_new_t"),
+        (["--grpo.prompts=4"], "training.batch_size=8, the responses of an update, times"),
+        (["--grpo.max_new_tokens=20"], "training.sequence_length=32 must be at least 35"),
         (["--grpo.prompt_tokens=3"], "grpo.prompt_tokens=3 must be at least"),
         (["--grpo.temperature=0"], "grpo.temperature=0.0 must be above 0"),
         (["--training.tokens=2304"], "training.tokens=2304 makes 9 updates, which must be a multiple of"),
