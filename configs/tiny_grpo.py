@@ -7,7 +7,7 @@ from configs.tiny_sft import config as tiny_sft
 from dsv3_jax.config import CheckpointConfig, Config, DataConfig, OptimizerConfig, TrainingConfig
 from dsv3_jax.grpo_config import GRPOConfig
 
-UPDATES, RESPONSES, ROW = 200, 256, 160
+UPDATES, RESPONSES, ROW = 300, 256, 80
 
 config = Config(
     model=tiny_sft.model,
@@ -16,7 +16,7 @@ config = Config(
         tokens=UPDATES * RESPONSES * ROW,
         sequence_length=ROW,
         batch_size=RESPONSES,
-        microbatches=32,
+        microbatches=16,
         log_interval=1,
         validation_interval=50,
     ),
@@ -34,8 +34,8 @@ config = Config(
     grpo=GRPOConfig(
         prompts=32,
         group_size=8,
-        prompt_tokens=40,
-        max_new_tokens=96,
+        prompt_tokens=24,
+        max_new_tokens=56,
         clip_high=0.28,
     ),
 )

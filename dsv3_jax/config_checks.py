@@ -169,7 +169,7 @@ def check_grpo(config: Config) -> None:
         _at_least(f"grpo.{name}", getattr(grpo, name), 1)
     for name in (
         *("clip_low", "clip_high", "kl_weight", "reference_interval", "accuracy_weight", "format_weight"),
-        *("language_weight", "overlong_penalty", "overlong_tokens", "evaluation_temperature"),
+        *("language_weight", "overlong_penalty", "overlong_tokens"),
     ):
         _at_least(f"grpo.{name}", getattr(grpo, name), 0)
     for name in ("temperature", "importance_cap"):

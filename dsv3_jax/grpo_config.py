@@ -59,5 +59,3 @@ class GRPOConfig:
     """Taken off the reward of a truncated response."""
     overlong_tokens: int = 0
     """Last tokens before the longest response over which the penalty rises from 0 (DAPO)."""
-    evaluation_temperature: float = 1.0
-    """Of the samples that pass@1 and pass@k are counted over, k = group_size; 0: greedy."""

@@ -55,6 +55,14 @@ def compiled_programs_are_let_go():
     jax.clear_caches()
 
 
+@pytest.fixture(scope="module")
+def compiled_quickly():
+    """For modules whose programs run a few times only: optimising them takes longer than all that they do."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def tiny_model() -> Callable[..., ModelConfig]:
     """`tiny_model(**changes)`: every part of the architecture, no two dims equal that could be confused."""

@@ -58,7 +58,11 @@ def run_grpo(state: GRPOState, step: GRPOStep, config: Config, around: GRPOSurro
         around.log.log(
             0,
             evaluated(
-                state, around, held_out=around.rollouts.task.held_out, validation=around.rollouts.task.validation
+                state,
+                config,
+                around,
+                held_out=around.rollouts.task.held_out,
+                validation=around.rollouts.task.validation,
             ),
         )
     for number in range(int(state.step) // updates, config.training.steps // updates):
@@ -68,7 +72,7 @@ def run_grpo(state: GRPOState, step: GRPOStep, config: Config, around: GRPOSurro
         done, stop = int(state.step), around.interrupted()
         at_end = done == config.training.steps
         if _due(done, updates, config.training.validation_interval) and not at_end:
-            last |= evaluated(state, around, validation=around.rollouts.task.validation)
+            last |= evaluated(state, config, around, validation=around.rollouts.task.validation)
         if _due(done, updates, config.training.log_interval) or "validation_pass_at_1" in last or at_end:
             around.log.log(done, last)
             around.progress.show_text(done, _in_brief(last))
@@ -108,12 +112,18 @@ def _learn_from_one(
     return state, told | {"updating_seconds": updating_seconds}
 
 
-def evaluated(state: GRPOState, around: GRPOSurroundings, **splits: Sequence[Problem]) -> dict[str, Metric]:
-    """pass@1, pass@2, pass@4 ... of each split."""
+def evaluated(
+    state: GRPOState, config: Config, around: GRPOSurroundings, **splits: Sequence[Problem]
+) -> dict[str, Metric]:
+    """Greedy pass@1 of each split, and pass@1, pass@2, pass@4 ... at the temperature of the rollouts."""
     values: dict[str, Metric] = {}
     for name, problems in splits.items():
-        found = around.rollouts.evaluation(state.parameters, state.router_bias, problems)
-        values |= {f"{name}_pass_at_{k}": share for k, share in found.pass_at.items()}
+        greedy, sampled = (
+            around.rollouts.evaluation(state.parameters, state.router_bias, problems, temperature).pass_at
+            for temperature in (0.0, config.grpo.temperature)
+        )
+        values[f"{name}_greedy_pass_at_1"] = greedy[1]
+        values |= {f"{name}_pass_at_{k}": share for k, share in sampled.items()}
     return values
 
 

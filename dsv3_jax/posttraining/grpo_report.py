@@ -13,7 +13,11 @@ from dsv3_jax.training.metrics import read_metrics
 from dsv3_jax.training.plots import write_curves
 
 PANELS = {
-    "validation": {"validation_pass_at_1": "pass@1", "validation_pass_at_8": "pass@8"},
+    "validation": {
+        "validation_greedy_pass_at_1": "greedy pass@1",
+        "validation_pass_at_1": "pass@1",
+        "validation_pass_at_8": "pass@8",
+    },
     "reward": {"reward": "reward", "reward_accuracy": "accuracy", "reward_format": "format"},
     "nats a token": {"entropy": "entropy", "kl": "KL to the reference"},
     "tokens": {"response_tokens": "mean response"},
@@ -24,14 +28,14 @@ PANELS = {
 
 def write_grpo_report(workdir: Path, config: Config, result: GRPOResult, around: GRPOSurroundings) -> None:
     """Write summary.json and grpo.png into the workdir, print the figures and a response."""
-    held_out = evaluated(result.state, around, held_out=around.rollouts.task.held_out)
+    held_out = evaluated(result.state, config, around, held_out=around.rollouts.task.held_out)
     first = next(entry for entry in read_metrics(workdir / "metrics.jsonl") if entry["step"] == 0)
     summary = {
         **held_out,
         **{f"{name}_before": value for name, value in first.items() if name.startswith("held_out")},
         "held_out_problems": len(around.rollouts.task.held_out),
         "group_size": config.grpo.group_size,
-        "evaluation_temperature": config.grpo.evaluation_temperature,
+        "temperature": config.grpo.temperature,
         "updates": config.training.steps,
         "responses": config.training.steps * config.training.batch_size,
         "seconds": result.seconds or None,
@@ -59,12 +63,15 @@ def repeat_grpo_report(workdir: Path) -> bool:
 
 def print_grpo_summary(workdir: Path, summary: dict[str, Any]) -> None:
     group, problems = summary["group_size"], summary["held_out_problems"]
-    of_one, of_group = "held_out_pass_at_1", f"held_out_pass_at_{group}"
+    figures = {"greedy": "greedy_pass_at_1", "pass@1": "pass_at_1", f"pass@{group}": f"pass_at_{group}"}
+    moved = [
+        f"{label} {summary[f'held_out_{name}_before']:.3f} -> {summary[f'held_out_{name}']:.3f}"
+        for label, name in figures.items()
+    ]
     seconds = f" in {summary['seconds']:.0f} s" if summary["seconds"] else ""
     print(
         f"\ntrained     {summary['updates']:,} updates on {summary['responses']:,} responses{seconds}"
-        f"\nheld out    pass@1 {summary[of_one + '_before']:.3f} -> {summary[of_one]:.3f}, "
-        f"pass@{group} {summary[of_group + '_before']:.3f} -> {summary[of_group]:.3f}, "
-        f"of {problems} problems, {group} responses each at temperature {summary['evaluation_temperature']:g}"
+        f"\nheld out    {', '.join(moved)}, of {problems} problems, {group} responses each at temperature "
+        f"{summary['temperature']:g}"
         f"\nfiles       {workdir}: summary.json, metrics.jsonl, grpo.png, checkpoints, tensorboard"
     )

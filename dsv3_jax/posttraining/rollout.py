@@ -85,13 +85,15 @@ class Rollouts:
         stream = stream_of(self._config, ROLLOUTS, number)
         return self._made(parameters, router_bias, problems, grpo.temperature, stream)
 
-    def evaluation(self, parameters: Tree, router_bias: Tree, problems: Sequence[Problem]) -> Figures:
-        """Of group_size responses to each problem, pass@1 and pass@group_size among others; the same at every call."""
+    def evaluation(
+        self, parameters: Tree, router_bias: Tree, problems: Sequence[Problem], temperature: float
+    ) -> Figures:
+        """Of group_size responses to each problem, pass@1 and pass@group_size among others; the same at every call.
+        Temperature 0 is greedy."""
         size, judged = self._config.grpo.prompts, list[list[Judged]]()
         for first in range(0, len(problems), size):
             stream = stream_of(self._config, EVALUATIONS, first)
-            some, temperature = problems[first : first + size], self._config.grpo.evaluation_temperature
-            judged += self._made(parameters, router_bias, some, temperature, stream).judged
+            judged += self._made(parameters, router_bias, problems[first : first + size], temperature, stream).judged
         return figures(judged)
 
     def _made(

@@ -18,6 +18,7 @@ from dsv3_jax.data.errors import DataError
 from dsv3_jax.data.tokenizer import encode, train_tokenizer
 from dsv3_jax.inference.chat import ChatError, chat_template
 from dsv3_jax.inference.stopping import stop_ids
+from dsv3_jax.tasks import build
 
 BEGINNING, END, USER, ASSISTANT, THINK, END_THINK = 0, 1, 6, 7, 8, 9
 CHATML = """\
@@ -165,7 +166,8 @@ def test_files_hold_messages_or_problems_and_responses(tmp_path: Path):
 def test_demonstrations_are_of_the_tasks_own_splits():
     corpus = open_chats(make_config(path="task", demonstrations=50))
     assert len(corpus.train) == 50 and len(corpus.validation) == tiny_sft.task.validation_problems
-    assert corpus.train[3].predicted.startswith("<think>") and corpus.train[3].messages[0]["content"].startswith("Make")
+    assert corpus.train[3].messages[0]["content"].startswith("What is ")
+    assert corpus.train[3].predicted.startswith("<think>")
     assert not {chat.text for chat in corpus.train} & {chat.text for chat in corpus.validation}
 
 
@@ -266,3 +268,12 @@ def test_a_template_whose_prompt_is_not_what_stands_before_answers_is_refused(to
 def test_a_path_of_the_other_kind_is_refused(data: dict):
     with pytest.raises(ConfigError, match="data.path=|data.demonstrations=0"):
         check(make_config(**data))
+
+
+def test_a_share_of_the_demonstrations_has_the_answer_alone():
+    config = make_config(path="task", demonstrations=400, answers_only=0.25)
+    chats, problem = open_chats(config).train, build(config.task).problem
+    bare = [index for index, chat in enumerate(chats) if "<think></think>" in chat.predicted]
+    assert 0.18 < len(bare) / len(chats) < 0.32
+    assert all(problem(index).verify(chat.predicted).correct for index, chat in enumerate(chats))
+    assert [index for index, chat in enumerate(chats) if "<think></think>" in chat.predicted] == bare

@@ -35,6 +35,8 @@ def judge(prompt, response):
         os._exit(3)
     return float(len(response) % 2)
 """
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 HANGS, DIES = 3, 12
 OPTIONS = """
     --model.width=16 --model.layers=2 --model.dense_layers=0 --model.heads=2 --model.query_latent=8
@@ -150,7 +152,8 @@ def test_what_a_run_leaves_behind(uninterrupted):
         *("config.json", "tokenizer.json", "metrics.jsonl", "tensorboard", "checkpoints", "grpo.png", "summary.json")
     }
     entries = untimed(uninterrupted)
-    assert {"held_out_pass_at_1", "held_out_pass_at_2", "validation_pass_at_1"} <= entries[0].keys()
+    splits = {"held_out_pass_at_1", "held_out_pass_at_2", "held_out_greedy_pass_at_1", "validation_pass_at_1"}
+    assert splits <= entries[0].keys()
     assert "validation_pass_at_2" in entries[2] and "validation_pass_at_1" not in entries[1]
     for entry in entries[1:]:
         assert 0 <= entry["mixed_groups"] <= 1 and entry["mixed_groups"] * 8 + entry["zero_variance_groups"] == 8
@@ -162,11 +165,11 @@ def test_what_a_run_leaves_behind(uninterrupted):
     assert summary["held_out_pass_at_1_before"] == entries[0]["held_out_pass_at_1"]
 
 
-@pytest.mark.parametrize("rollouts", [1, 3])
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(uninterrupted, start, tmp_path, rollouts):
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(uninterrupted, start, tmp_path):
+    """Stopped after the reference has been refreshed."""
     workdir = tmp_path / "run"
-    run(workdir, start, rollouts=rollouts)
-    assert complete_steps(workdir / "checkpoints")[-1] == 2 * rollouts and not (workdir / "summary.json").exists()
+    run(workdir, start, rollouts=3)
+    assert complete_steps(workdir / "checkpoints")[-1] == 6 and not (workdir / "summary.json").exists()
     run(workdir, start)
     assert untimed(workdir) == untimed(uninterrupted)
     for one, other in zip(

@@ -23,12 +23,14 @@ from dsv3_jax.tasks.problem import verdict_on
 from dsv3_jax.tasks.responses import Response
 from dsv3_jax.training.metrics import read_metrics
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 VERY_SMALL = """
     --model.vocabulary=300 --model.width=32 --model.layers=2 --model.dense_ffn_width=32 --model.heads=2
     --model.query_latent=16 --model.key_value_latent=16 --model.nope_head_dim=8 --model.value_head_dim=8
     --model.experts=4 --model.expert_ffn_width=16 --model.expert_groups=2 --model.groups_per_token=2
     --model.experts_per_token=2 --training.batch_size=2 --training.sequence_length=200 --training.tokens=3200
-    --training.log_interval=1 --training.sample_tokens=0 --task.validation_problems=4
+    --training.log_interval=1 --training.sample_tokens=0 --optimizer.warmup_steps=1 --task.validation_problems=4
 """.split()
 
 
