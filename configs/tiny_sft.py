@@ -50,5 +50,5 @@ config = Config(
         first_tail_ratio=0.1,
     ),
     loss=LossConfig(bias_speed=0.01),
-    task=TaskConfig(kind="arithmetic", arithmetic_operators="+", arithmetic_digits=3),
+    task=TaskConfig(kind="arithmetic", arithmetic_operators="+", arithmetic_digits=3, arithmetic_least_digits=3),
 )

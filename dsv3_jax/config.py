@@ -331,6 +331,8 @@ class TaskConfig:
     """Operators to choose from, each as often."""
     arithmetic_digits: int = 2
     """Most digits of a number; all lengths are as frequent."""
+    arithmetic_least_digits: int = 1
+    """Fewest digits of a number."""
     path: str = ""
     """json_lines: the .jsonl file."""
     problem_field: str = "problem"

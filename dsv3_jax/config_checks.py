@@ -138,6 +138,7 @@ def check_task(task: TaskConfig) -> None:
     for name in (
         *("validation_problems", "held_out_problems", "countdown_largest_number", "countdown_largest_target"),
         "arithmetic_digits",
+        "arithmetic_least_digits",
     ):
         _at_least(f"task.{name}", getattr(task, name), 1)
     _at_least("task.countdown_failures", task.countdown_failures, 0)
@@ -148,6 +149,9 @@ def check_task(task: TaskConfig) -> None:
         task.countdown_largest_number,
         "task.countdown_largest_target",
         task.countdown_largest_target,
+    )
+    _at_most(
+        "task.arithmetic_least_digits", task.arithmetic_least_digits, "task.arithmetic_digits", task.arithmetic_digits
     )
     _at_most("task.arithmetic_digits", task.arithmetic_digits, "what a response may spell", 40)
     _at_least("task.verifier_processes", task.verifier_processes, 1)

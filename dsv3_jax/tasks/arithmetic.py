@@ -78,10 +78,11 @@ class ArithmeticProblem:
 
 
 def arithmetic(config: TaskConfig) -> GeneratedTask[ArithmeticProblem]:
-    """Operators of `task.arithmetic_operators`; numbers of 1 to `task.arithmetic_digits` digits, all as often."""
+    """Operators of `task.arithmetic_operators`; numbers of `task.arithmetic_least_digits` to `task.arithmetic_digits`
+    digits, all lengths as often."""
 
     def number(stream: random.Random) -> int:
-        digits = stream.randint(1, config.arithmetic_digits)
+        digits = stream.randint(config.arithmetic_least_digits, config.arithmetic_digits)
         return stream.randint(10 ** (digits - 1) if digits > 1 else 0, 10**digits - 1)
 
     def draw(stream: random.Random) -> ArithmeticProblem:

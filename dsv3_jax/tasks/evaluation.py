@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from dsv3_jax.inference.sampling import Sampling
-from dsv3_jax.tasks.problem import Problem, Verdict
+from dsv3_jax.tasks.problem import Problem, Verdict, verdict_on
 from dsv3_jax.tasks.responses import Responder, Response
 
 VERIFIERS_AT_ONCE = 8
@@ -61,11 +61,20 @@ def evaluate(
 
 
 def judged(problems: Sequence[Problem], responses: Sequence[Sequence[Response]]) -> list[list[Judged]]:
-    """Every response with its verdict. Verifiers in processes of their own are waited for side by side."""
+    """Every response with its verdict; of a verifier that raises, none. Verifiers in processes of their own are waited
+    for side by side."""
     pairs = [(problem, one) for problem, of_problem in zip(problems, responses, strict=True) for one in of_problem]
     with ThreadPoolExecutor(VERIFIERS_AT_ONCE) as pool:
-        verdicts = pool.map(lambda pair: Judged(pair[1], pair[0].verify(pair[1].text)), pairs)
+        verdicts = pool.map(lambda pair: Judged(pair[1], _verdict(pair[0], pair[1].text)), pairs)
         return [[next(verdicts) for _ in of_problem] for of_problem in responses]
+
+
+def _verdict(problem: Problem, text: str) -> Verdict:
+    try:
+        return problem.verify(text)
+    except Exception as error:
+        # It should not (problem.py); a task that somebody else wrote is not to cost the run.
+        return verdict_on(False, 0.0, f"the verifier raised {type(error).__name__}")
 
 
 def figures(judged: Sequence[Sequence[Judged]]) -> Figures:

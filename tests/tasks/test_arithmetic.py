@@ -43,6 +43,8 @@ def test_operators_and_digits_are_the_configs():
     problems = [task.problem(index) for index in range(200)]
     assert {problem.operator for problem in problems} == {"*"}
     assert {len(str(problem.left)) for problem in problems} == {1, 2, 3}
+    task = tasks.build(TaskConfig(kind="arithmetic", arithmetic_digits=3, arithmetic_least_digits=2))
+    assert {len(str(task.problem(index).right)) for index in range(200)} == {2, 3}
 
 
 def test_a_difficulty_with_too_few_problems_is_refused():

@@ -18,8 +18,8 @@ from dsv3_jax.layout import mesh_of
 from dsv3_jax.tasks import __main__ as program
 from dsv3_jax.tasks.__main__ import TaskArguments
 from dsv3_jax.tasks.arithmetic import ArithmeticProblem
-from dsv3_jax.tasks.evaluation import Judged, TaskEvaluation, figures, pass_at
-from dsv3_jax.tasks.problem import verdict_on
+from dsv3_jax.tasks.evaluation import Judged, TaskEvaluation, figures, judged, pass_at
+from dsv3_jax.tasks.problem import Verdict, verdict_on
 from dsv3_jax.tasks.responses import Response
 from dsv3_jax.training.metrics import read_metrics
 
@@ -122,16 +122,30 @@ def test_pass_at_k_is_the_share_of_draws_with_a_correct_one():
         assert pass_at(k, samples, correct) == pytest.approx(sum(map(any, draws)) / len(draws), abs=1e-12)
 
 
-def judged(accuracy: float, tokens: int, ended: bool = True, failed: str | None = None) -> Judged:
+def one_judged(accuracy: float, tokens: int, ended: bool = True, failed: str | None = None) -> Judged:
     response = Response([1], [1] * tokens, "", ended)
     return Judged(response, verdict_on(accuracy > 0 or failed is not None, accuracy, failed))
+
+
+def test_trap_L8_a_verifier_that_raises_costs_its_response_alone():
+    class Raises:
+        prompt = "What is 1/0?"
+
+        def verify(self, response: str) -> Verdict:
+            raise ZeroDivisionError("1/0")
+
+    right = ArithmeticProblem(1, "+", 2)
+    responses = [[Response([1], [2], "<think></think><answer>3</answer>", True)]] * 2
+    (of_raising,), (of_other,) = judged([Raises(), right], responses)
+    assert of_raising.verdict.failed == "the verifier raised ZeroDivisionError" and not of_raising.verdict.correct
+    assert of_other.verdict.correct and of_other.verdict.failed is None
 
 
 def test_trap_L8_figures_leave_out_what_no_verdict_was_come_to_and_count_it():
     found = figures(
         [
-            [judged(1.0, 2), judged(0.0, 4, ended=False), judged(0.5, 3)],
-            [judged(0.0, 3, failed="slow"), judged(0.0, 3, failed="slow"), judged(1.0, 3)],
+            [one_judged(1.0, 2), one_judged(0.0, 4, ended=False), one_judged(0.5, 3)],
+            [one_judged(0.0, 3, failed="slow"), one_judged(0.0, 3, failed="slow"), one_judged(1.0, 3)],
         ]
     )
     assert found.failed == {"slow": 2} and found.responses == 6
@@ -141,8 +155,12 @@ def test_trap_L8_figures_leave_out_what_no_verdict_was_come_to_and_count_it():
 
 
 def test_the_report_says_what_was_found(tuned: Path):
-    sampled = figures([[judged(1.0, 2), judged(0.0, 4, ended=False)], [judged(0.0, 3, failed="slow"), judged(0.0, 3)]])
-    lines = program.report(TaskArguments(tuned, TaskConfig()), TaskEvaluation(2, figures([[judged(1.0, 2)]]), sampled))
+    sampled = figures(
+        [[one_judged(1.0, 2), one_judged(0.0, 4, ended=False)], [one_judged(0.0, 3, failed="slow"), one_judged(0.0, 3)]]
+    )
+    lines = program.report(
+        TaskArguments(tuned, TaskConfig()), TaskEvaluation(2, figures([[one_judged(1.0, 2)]]), sampled)
+    )
     assert list(lines) == [
         "2 problems of countdown (held_out)",
         "greedy               pass@1 1.000, accuracy 1.000, format 1.000, 2.0 tokens, 100.0% ended",
