@@ -84,7 +84,7 @@ def _batches() -> list[Batch]:
 
 
 def _placed(batch: Batch, mesh: Mesh) -> Batch:
-    return Batch(*(place_rows({0: rows}, ROWS, mesh) for rows in batch))
+    return jax.tree.map(lambda rows: place_rows({0: rows}, ROWS, mesh), batch)
 
 
 def _config(sizes: dict[str, int], microbatches: int = 1, remat: str = "none") -> Config:
