@@ -1,9 +1,8 @@
 """Fine-tuning in miniature: a small model learns to answer a task from worked solutions, well enough to be improved.
 
 python train.py --config=tiny_sft
-Hardware: any laptop CPU. Expected of python -m dsv3_jax.tasks --checkpoint=runs/tiny_sft, on 200 held-out problems of
-countdown: greedy pass@1 of 0.23; at temperature 1 pass@1 of 0.32 and pass@8 of 0.82. It searches as it was shown and
-knows a solution when it has one, but tries at random: half of its responses have found none after 128 tokens.
+Hardware: any laptop CPU. The task is to add two numbers of three digits. Of what it is shown 65% is an answer alone, which a
+model of this size cannot find without the working: it can do better than it mostly does, and tiny_grpo teaches it to.
 """
 
 from dsv3_jax.config import Config, DataConfig, LossConfig, ModelConfig, OptimizerConfig, TaskConfig, TrainingConfig
