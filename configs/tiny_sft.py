@@ -1,8 +1,9 @@
 """Fine-tuning in miniature: a small model learns to answer a task from worked solutions, well enough to be improved.
 
 python train.py --config=tiny_sft
-Hardware: any laptop CPU. The task is to add two numbers of three digits. Of what it is shown 65% is an answer alone, which a
-model of this size cannot find without the working: it can do better than it mostly does, and tiny_grpo teaches it to.
+Hardware: any laptop CPU. The task is to add two numbers of three digits. Of what it is shown 65% is an answer alone,
+which a model of this size cannot find without the working: it can do better than it mostly does, and tiny_grpo teaches
+it to.
 """
 
 from dsv3_jax.config import Config, DataConfig, LossConfig, ModelConfig, OptimizerConfig, TaskConfig, TrainingConfig
