@@ -7,7 +7,7 @@ from configs.tiny_sft import config as tiny_sft
 from dsv3_jax.config import CheckpointConfig, Config, DataConfig, OptimizerConfig, TrainingConfig
 from dsv3_jax.grpo_config import GRPOConfig
 
-UPDATES, RESPONSES, ROW = 300, 256, 80
+UPDATES, RESPONSES, ROW = 100, 256, 80
 
 config = Config(
     model=tiny_sft.model,
@@ -18,7 +18,7 @@ config = Config(
         batch_size=RESPONSES,
         microbatches=16,
         log_interval=1,
-        validation_interval=50,
+        validation_interval=20,
     ),
     optimizer=OptimizerConfig(
         learning_rate=5e-4,
