@@ -159,10 +159,8 @@ def learn_from_rollouts(arguments: TrainArguments, interrupted: Callable[[], boo
     tokenizer_text = given_tokenizer(arguments, source)
     if tokenizer_text is None or not (source or complete_steps(workdir / "checkpoints")):
         raise ConfigError("data.kind=rollouts needs --init=DIR, a model with a tokenizer: its responses are the data")
-    tokenizer, texts = (
-        tokenizer_from(tokenizer_text, "the tokenizer", config.model.vocabulary),
-        texts_from(workdir, source),
-    )
+    tokenizer = tokenizer_from(tokenizer_text, "the tokenizer", config.model.vocabulary)
+    texts = texts_from(workdir, source)
     rollouts = open_rollouts(config, mesh, tokenizer, (texts or {}).get("files"))
     # From here on the workdir is this run's: whatever could be refused has been.
     write_config(workdir, config)

@@ -1,12 +1,13 @@
 """Fine-tuning in miniature: a small model learns to answer a task from worked solutions, well enough to be improved.
 
 python train.py --config=tiny_sft
-Hardware: any laptop CPU. The task is to add two numbers of three digits. Of what it is shown 65% is an answer alone,
-which a model of this size cannot find without the working: it can do better than it mostly does, and tiny_grpo teaches
-it to.
+Hardware: any laptop CPU. The task is to add two numbers of three digits. 65% of what it is shown is an answer alone,
+and so is most of what it says then, one in four of them right; what it works out is nearly always right. tiny_grpo
+makes it work out all.
 """
 
-from dsv3_jax.config import Config, DataConfig, LossConfig, ModelConfig, OptimizerConfig, TaskConfig, TrainingConfig
+from dsv3_jax.config import Config, DataConfig, LossConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from dsv3_jax.task_config import TaskConfig
 
 config = Config(
     model=ModelConfig(
@@ -38,7 +39,7 @@ config = Config(
         precision="float32",
         remat="none",
     ),
-    # As in text that people write, most answers come without their working, which a model this small needs.
+    # As in text that people write, most answers come without their working.
     data=DataConfig(kind="chats", path="task", demonstrations=60_000, answers_only=0.65),
     training=TrainingConfig(tokens=2_400_000, sequence_length=128, batch_size=8),
     optimizer=OptimizerConfig(

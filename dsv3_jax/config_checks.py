@@ -1,6 +1,15 @@
 """What a configuration may not say: each refusal names the field, its value and what would be right."""
 
-from dsv3_jax.config import Config, ConfigError, ModelConfig, TaskConfig
+from dsv3_jax.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainingConfig,
+)
+from dsv3_jax.task_config import TaskConfig
 
 
 def check(config: Config) -> None:
@@ -11,7 +20,20 @@ def check(config: Config) -> None:
     """
     check_model(config.model)
     _check_float8(config.model)
-    training, data, optimizer, loss = config.training, config.data, config.optimizer, config.loss
+    _check_training(config.training, config.model)
+    _check_data(config.data, config.training)
+    _check_optimizer(config.optimizer)
+    _check_loss(config.loss)
+    _at_least("checkpoint.interval", config.checkpoint.interval, 1)
+    _at_least("checkpoint.keep", config.checkpoint.keep, 1)
+    if config.seed < 0 or config.seed >= 2**32:
+        raise ConfigError(f"seed={config.seed} must be between 0 and {2**32 - 1}")
+    check_task(config.task)
+    if config.data.kind == "rollouts":
+        _check_grpo(config)
+
+
+def _check_training(training: TrainingConfig, model: ModelConfig) -> None:
     for name in ("tokens", "sequence_length", "batch_size", "microbatches", "log_interval"):
         _at_least(f"training.{name}", getattr(training, name), 1)
     for name in ("validation_interval", "sample_tokens"):
@@ -26,15 +48,18 @@ def check(config: Config) -> None:
             f"training.tokens={training.tokens} is less than one step: it must be at least "
             f"batch_size * sequence_length = {training.batch_size * training.sequence_length}"
         )
-    if training.sequence_length > config.model.maximum_positions:
+    if training.sequence_length > model.maximum_positions:
         raise ConfigError(
             f"training.sequence_length={training.sequence_length} must be at most "
-            f"model.maximum_positions={config.model.maximum_positions}"
+            f"model.maximum_positions={model.maximum_positions}"
         )
-    if training.sequence_length <= config.model.mtp_depth:
+    if training.sequence_length <= model.mtp_depth:
         raise ConfigError(
-            f"training.sequence_length={training.sequence_length} must exceed model.mtp_depth={config.model.mtp_depth}"
+            f"training.sequence_length={training.sequence_length} must exceed model.mtp_depth={model.mtp_depth}"
         )
+
+
+def _check_data(data: DataConfig, training: TrainingConfig) -> None:
     for name in ("validation_share", "fill_in_the_middle_rate", "answers_only"):
         _between(f"data.{name}", getattr(data, name), 0.0, 1.0)
     if data.validation_share == 0.0:
@@ -53,6 +78,9 @@ def check(config: Config) -> None:
             f"data.path={data.path} is not of data.kind={data.kind}: give 'task' or .jsonl files for chats, "
             "'stdlib' or text files for documents"
         )
+
+
+def _check_optimizer(optimizer: OptimizerConfig) -> None:
     if not optimizer.learning_rate > 0:
         raise ConfigError(f"optimizer.learning_rate={optimizer.learning_rate} must be above 0")
     _at_least("optimizer.warmup_steps", optimizer.warmup_steps, 0)
@@ -68,25 +96,16 @@ def check(config: Config) -> None:
     for name in ("epsilon", "clip_norm"):
         if not getattr(optimizer, name) > 0:
             raise ConfigError(f"optimizer.{name}={getattr(optimizer, name)} must be above 0")
-    for section, name in (
-        ("optimizer", "weight_decay"),
-        ("loss", "balance_weight"),
-        ("loss", "bias_speed"),
-        ("loss", "mtp_weight"),
-        ("loss", "mtp_late_weight"),
-    ):
-        _at_least(f"{section}.{name}", getattr(getattr(config, section), name), 0)
+    _at_least("optimizer.weight_decay", optimizer.weight_decay, 0)
+
+
+def _check_loss(loss: LossConfig) -> None:
+    for name in ("balance_weight", "bias_speed", "mtp_weight", "mtp_late_weight"):
+        _at_least(f"loss.{name}", getattr(loss, name), 0)
     if not loss.teacher_temperature > 0:
         raise ConfigError(f"loss.teacher_temperature={loss.teacher_temperature} must be above 0")
     for name in ("bias_until", "mtp_weight_until", "teacher_weight"):
         _between(f"loss.{name}", getattr(loss, name), 0.0, 1.0)
-    _at_least("checkpoint.interval", config.checkpoint.interval, 1)
-    _at_least("checkpoint.keep", config.checkpoint.keep, 1)
-    if config.seed < 0 or config.seed >= 2**32:
-        raise ConfigError(f"seed={config.seed} must be between 0 and {2**32 - 1}")
-    check_task(config.task)
-    if data.kind == "rollouts":
-        check_grpo(config)
 
 
 def check_model(model: ModelConfig) -> None:
@@ -165,7 +184,7 @@ def check_task(task: TaskConfig) -> None:
         raise ConfigError(f"task.arithmetic_operators={task.arithmetic_operators!r} must be some of + - *")
 
 
-def check_grpo(config: Config) -> None:
+def _check_grpo(config: Config) -> None:
     """Refuse rollouts that cannot be made or learnt from. Raises ConfigError."""
     grpo, training = config.grpo, config.training
     _at_least("grpo.group_size, whose responses are compared with each other,", grpo.group_size, 2)

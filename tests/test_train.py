@@ -31,8 +31,6 @@ from dsv3_jax.training.metrics import read_metrics
 from dsv3_jax.training.state import TrainState, abstract_state
 from sharding.mesh import one_device
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 ROOT = Path(train.__file__).parent
 STEPS = 16
 KILLED_AT = 11
@@ -77,12 +75,7 @@ def start(compiled_once) -> Callable[..., subprocess.Popen]:
         return subprocess.Popen(
             [sys.executable, *(["-c", program] if program else ["train.py"]), *options],
             cwd=ROOT,
-            env=os.environ
-            | {
-                "JAX_PLATFORMS": "cpu",
-                "JAX_COMPILATION_CACHE_DIR": str(compiled_once),
-                "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # as compiled_quickly has it here
-            },
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(compiled_once)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

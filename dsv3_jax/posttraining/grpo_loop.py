@@ -118,6 +118,7 @@ def evaluated(
     """Greedy pass@1 of each split, and pass@1, pass@2, pass@4 ... at the temperature of the rollouts."""
     values: dict[str, Metric] = {}
     for name, problems in splits.items():
+        # A greedy group says the same group_size times: a program of single rows would take longer to compile.
         greedy, sampled = (
             around.rollouts.evaluation(state.parameters, state.router_bias, problems, temperature).pass_at
             for temperature in (0.0, config.grpo.temperature)

@@ -13,11 +13,6 @@ from dsv3_jax.training.metrics import read_metrics
 from dsv3_jax.training.plots import write_curves
 
 PANELS = {
-    "validation": {
-        "validation_greedy_pass_at_1": "greedy pass@1",
-        "validation_pass_at_1": "pass@1",
-        "validation_pass_at_8": "pass@8",
-    },
     "reward": {"reward": "reward", "reward_accuracy": "accuracy", "reward_format": "format"},
     "nats a token": {"entropy": "entropy", "kl": "KL to the reference"},
     "tokens": {"response_tokens": "mean response"},
@@ -40,7 +35,10 @@ def write_grpo_report(workdir: Path, config: Config, result: GRPOResult, around:
         "responses": config.training.steps * config.training.batch_size,
         "seconds": result.seconds or None,
     }
-    write_curves(workdir / "metrics.jsonl", workdir / "grpo.png", PANELS)
+    group = config.grpo.group_size
+    validation = {"greedy_pass_at_1": "greedy pass@1", "pass_at_1": "pass@1", f"pass_at_{group}": f"pass@{group}"}
+    panels = {"validation": {f"validation_{name}": label for name, label in validation.items()}, **PANELS}
+    write_curves(workdir / "metrics.jsonl", workdir / "grpo.png", panels)
     print_grpo_summary(workdir, summary)
     state, number = result.state, config.training.steps // config.grpo.updates_per_rollout
     shown = around.rollouts.training(state.parameters, state.router_bias, number)

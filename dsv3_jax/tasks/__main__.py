@@ -3,6 +3,7 @@
 With --save, what the model answered correctly becomes chats to train on: rejection sampling (R1 section 2.3.3).
 """
 
+import dataclasses
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ import tyro
 
 from dsv3_jax import tasks
 from dsv3_jax.command_line import option_pairs, parse_options, run_main
-from dsv3_jax.config import MeshConfig, TaskConfig
+from dsv3_jax.config import MeshConfig
 from dsv3_jax.config_checks import check_task
 from dsv3_jax.convert.opening import OpenedModel, open_model
 from dsv3_jax.data.errors import DataError
@@ -28,7 +29,8 @@ from dsv3_jax.inference.weights import ready_to_decode
 from dsv3_jax.layout import mesh_to_run
 from dsv3_jax.loading import load_opened
 from dsv3_jax.runtime import set_up_compiler, use_one_thread
-from dsv3_jax.tasks.evaluation import Figures, Judged, TaskEvaluation, as_json, evaluate
+from dsv3_jax.task_config import TaskConfig
+from dsv3_jax.tasks.evaluation import Figures, Judged, TaskEvaluation, evaluate
 from dsv3_jax.tasks.problem import Problem, Task
 from dsv3_jax.tasks.responses import PAGE_SIZE, Responder, response_ends
 from dsv3_jax.training.progress import note
@@ -90,7 +92,7 @@ def main() -> None:
         saved = save_chats(arguments.save, problems, sampled)
         note(f"{arguments.save}: {saved} different correct responses")
     if arguments.json:
-        print(json.dumps(as_json(evaluation)))
+        print(json.dumps(dataclasses.asdict(evaluation)))
         return
     for problem, (first, *_) in list(zip(problems, sampled, strict=True))[: arguments.show]:
         rewards = ", ".join(f"{name} {value:g}" for name, value in first.verdict.rewards.items())

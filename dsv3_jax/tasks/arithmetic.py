@@ -4,7 +4,7 @@ import random
 import re
 from dataclasses import dataclass
 
-from dsv3_jax.config import TaskConfig
+from dsv3_jax.task_config import TaskConfig
 from dsv3_jax.tasks.generated import GeneratedTask
 from dsv3_jax.tasks.problem import Verdict, answer_in, in_response_form, verdict_on
 

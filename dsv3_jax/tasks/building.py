@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from dsv3_jax.config import TaskConfig
+from dsv3_jax.task_config import TaskConfig
 from dsv3_jax.tasks.arithmetic import arithmetic
 from dsv3_jax.tasks.countdown import countdown
 from dsv3_jax.tasks.gym import gym

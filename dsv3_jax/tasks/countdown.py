@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from dsv3_jax.config import TaskConfig
+from dsv3_jax.task_config import TaskConfig
 from dsv3_jax.tasks.expressions import ExpressionError, evaluated
 from dsv3_jax.tasks.generated import GeneratedTask
 from dsv3_jax.tasks.problem import Verdict, answer_in, in_response_form, verdict_on

@@ -1,6 +1,5 @@
 """How well a model solves a task: pass@1 of greedy responses, pass@k of sampled ones, and what they are like."""
 
-import dataclasses
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -97,10 +96,6 @@ def pass_at(k: int, samples: int, correct: int) -> float:
     """The unbiased estimate of pass@k from `samples` >= k draws of which `correct` are correct: of all ways to take k
     of them, the share with a correct one (Chen et al. 2021, arXiv 2107.03374, equation 1)."""
     return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
-
-
-def as_json(evaluation: TaskEvaluation) -> dict:
-    return dataclasses.asdict(evaluation)
 
 
 def _powers_of_two(most: int) -> list[int]:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Generic, Literal, Protocol, TypeVar
 
-from dsv3_jax.config import ConfigError, TaskConfig
+from dsv3_jax.config import ConfigError
+from dsv3_jax.task_config import TaskConfig
 from dsv3_jax.tasks.problem import Problem
 
 Split = Literal["train", "validation", "held_out"]

@@ -6,7 +6,8 @@ import random
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dsv3_jax.config import ConfigError, TaskConfig
+from dsv3_jax.config import ConfigError
+from dsv3_jax.task_config import TaskConfig
 from dsv3_jax.tasks.generated import GeneratedTask
 from dsv3_jax.tasks.problem import Verdict, answer_in, verdict_on
 from dsv3_jax.tasks.verifier_process import VerifierFailure, VerifierPool

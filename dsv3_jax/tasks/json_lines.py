@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dsv3_jax.config import ConfigError, TaskConfig
+from dsv3_jax.config import ConfigError
 from dsv3_jax.data.documents import JsonLines
+from dsv3_jax.task_config import TaskConfig
 from dsv3_jax.tasks.generated import Split, split_of
 from dsv3_jax.tasks.problem import TaskError, Verdict, answer_in, verdict_on
 from dsv3_jax.tasks.verifier_process import VerifierFailure, VerifierPool

@@ -10,7 +10,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer
 
 from configs.tiny_sft import config as tiny_sft
-from dsv3_jax.config import Config, ConfigError, TaskConfig
+from dsv3_jax.config import Config, ConfigError
 from dsv3_jax.config_checks import check
 from dsv3_jax.data.chat_rows import ChatBatches, ChatEncoder, chat_validation_batches
 from dsv3_jax.data.chats import Chat, chat_of, open_chats
@@ -18,6 +18,7 @@ from dsv3_jax.data.errors import DataError
 from dsv3_jax.data.tokenizer import encode, train_tokenizer
 from dsv3_jax.inference.chat import ChatError, chat_template
 from dsv3_jax.inference.stopping import stop_ids
+from dsv3_jax.task_config import TaskConfig
 from dsv3_jax.tasks import build
 
 BEGINNING, END, USER, ASSISTANT, THINK, END_THINK = 0, 1, 6, 7, 8, 9

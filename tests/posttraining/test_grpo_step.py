@@ -49,7 +49,7 @@ class Setting:
         assert [len(group) for group in groups] == [2] * 5
         return [sample for group in groups for sample in group]
 
-    def packed(self, microbatches: int = 1, shards: int = 1, **changes: Any) -> Packed:
+    def packed(self, microbatches: int = 1, shards: int = 1) -> Packed:
         """The samples with made-up advantages; the third has no verdict."""
         config, samples = self.config, self.samples
         lengths = np.array([len(sample.response_ids_m) for sample in samples])

@@ -4,23 +4,20 @@ python -m pytest tests/slow: takes minutes, and 30 GB of disk under --basetemp, 
 """
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from benchmarks.large_checkpoint import Size, fabricate
+from tests.slow.peak_memory import run_and_measure
 
-ROOT = Path(__file__).parents[2]
 SIZE = Size(layers=5, experts=16)
 LARGEST_TENSOR = SIZE.vocabulary * 7168 * 2
 MOST_MEMORY = 2 * 2**30 + LARGEST_TENSOR
 DISK = 30 * 10**9
 BLOCK = 16 * 2**20
-RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
 @pytest.fixture
@@ -46,17 +43,8 @@ def test_memory_stays_bounded_and_every_bit_comes_back(folder):
 
 
 def convert(*arguments: str | Path) -> int:
-    """Run the command; the most memory it had, in bytes.
-
-    Linux counts in what the process that starts another one had, so this one must not map whole files.
-    """
-    command = [sys.executable, "-m", "dsv3_jax.convert", *map(str, arguments)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        output = process.stdout.read()
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0, output
-    return usage.ru_maxrss * RSS_UNIT
+    """Run the command; the most memory it had, in bytes."""
+    return run_and_measure([sys.executable, "-m", "dsv3_jax.convert", *map(str, arguments)])[1]
 
 
 def assert_same_tensors(one: Path, other: Path) -> None:

@@ -44,7 +44,6 @@ def start(texts, tmp_path_factory) -> Start:
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": str(8 // processes),
             "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         }
         started = []
         for index in range(processes):

@@ -3,7 +3,8 @@ import re
 import pytest
 
 from dsv3_jax import tasks
-from dsv3_jax.config import ConfigError, TaskConfig
+from dsv3_jax.config import ConfigError
+from dsv3_jax.task_config import TaskConfig
 from dsv3_jax.tasks.arithmetic import ArithmeticProblem
 
 TASK = tasks.build(TaskConfig(kind="arithmetic", arithmetic_digits=4))

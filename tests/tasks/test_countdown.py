@@ -7,7 +7,7 @@ from fractions import Fraction
 import pytest
 
 from dsv3_jax import tasks
-from dsv3_jax.config import TaskConfig
+from dsv3_jax.task_config import TaskConfig
 from dsv3_jax.tasks.countdown import Attempt, CountdownProblem
 from dsv3_jax.tasks.expressions import ExpressionError, evaluated
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from dsv3_jax import tasks
-from dsv3_jax.config import ConfigError, TaskConfig
+from dsv3_jax.config import ConfigError
 from dsv3_jax.config_checks import check_task
 from dsv3_jax.data.errors import DataError
+from dsv3_jax.task_config import TaskConfig
 from dsv3_jax.tasks import TaskError
 from dsv3_jax.tasks.generated import split_of
 from dsv3_jax.tasks.json_lines import JsonLinesTask

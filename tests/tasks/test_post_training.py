@@ -12,9 +12,9 @@ import pytest
 
 import train
 from dsv3_jax.command_line import parse_train, run_main
-from dsv3_jax.config import TaskConfig
 from dsv3_jax.data.chats import chat_of
 from dsv3_jax.layout import mesh_of
+from dsv3_jax.task_config import TaskConfig
 from dsv3_jax.tasks import __main__ as program
 from dsv3_jax.tasks.__main__ import TaskArguments
 from dsv3_jax.tasks.arithmetic import ArithmeticProblem

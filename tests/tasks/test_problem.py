@@ -7,8 +7,9 @@ import sys
 import pytest
 
 from dsv3_jax import tasks
-from dsv3_jax.config import ConfigError, TaskConfig
+from dsv3_jax.config import ConfigError
 from dsv3_jax.config_checks import check_task
+from dsv3_jax.task_config import TaskConfig
 from dsv3_jax.tasks.arithmetic import ArithmeticProblem
 from dsv3_jax.tasks.problem import DemonstratedProblem, answer_in
 
@@ -78,7 +79,7 @@ def test_the_order_of_operands_changes_no_key():
 def test_problems_are_the_same_in_every_process_and_others_at_another_seed(config: TaskConfig):
     task, other = tasks.build(config), tasks.build(dataclasses.replace(config, seed=1))
     program = (
-        "from dsv3_jax import tasks; from dsv3_jax.config import TaskConfig; "
+        "from dsv3_jax import tasks; from dsv3_jax.task_config import TaskConfig; "
         f"task = tasks.build({config!r}); "
         "print([p.demonstration() for p in (*map(task.problem, range(20)), *task.held_out)])"
     )
