@@ -185,6 +185,8 @@ class DataConfig:
     """Training problems of the task to take demonstrations of."""
     answers_only: float = 0.0
     """Share of the task's demonstrations that keep their answer and lose the working before it."""
+    formless: float = 0.0
+    """Share of the task's demonstrations without R1's form: working and answer are lines, and no tags around them."""
     overlong_chats: Literal["refuse", "leave_out"] = "refuse"
     """What to do about a chat longer than a row: stop the run, or leave it out. None is ever cut: its end would be
     lost, which has to be learnt."""

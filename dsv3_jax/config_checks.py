@@ -60,7 +60,7 @@ def _check_training(training: TrainingConfig, model: ModelConfig) -> None:
 
 
 def _check_data(data: DataConfig, training: TrainingConfig) -> None:
-    for name in ("validation_share", "fill_in_the_middle_rate", "answers_only"):
+    for name in ("validation_share", "fill_in_the_middle_rate", "answers_only", "formless"):
         _between(f"data.{name}", getattr(data, name), 0.0, 1.0)
     if data.validation_share == 0.0:
         raise ConfigError("data.validation_share=0.0 must be above 0: a run ends with a validation")

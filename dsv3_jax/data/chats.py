@@ -13,7 +13,7 @@ from dsv3_jax.data.corpus import Corpus, chosen_by_name, find_files
 from dsv3_jax.data.documents import Document, JsonLines, names_in, text_of
 from dsv3_jax.data.errors import DataError
 from dsv3_jax.tasks import DemonstratedProblem, Problem
-from dsv3_jax.tasks.problem import answer_in, in_response_form
+from dsv3_jax.tasks.problem import in_response_form, parts_of
 
 Message = Mapping[str, Any]
 
@@ -60,10 +60,8 @@ def open_chats(config: Config) -> ChatCorpus:
     if data.path == "task":
         task = tasks.build(config.task)
         return ChatCorpus(
-            Demonstrations(task.problem, data.demonstrations, config.task.kind, data.answers_only),
-            Demonstrations(
-                task.validation.__getitem__, len(task.validation), f"{config.task.kind}, validation", data.answers_only
-            ),
+            Demonstrations(task.problem, data.demonstrations, config.task.kind, data),
+            Demonstrations(task.validation.__getitem__, len(task.validation), f"{config.task.kind}, validation", data),
         )
     root, paths = find_files(data.path, (".jsonl",))
     files = [JsonLines(path) for path in paths]
@@ -99,10 +97,10 @@ class FileChats:
 
 
 class Demonstrations:
-    """Solutions of a task's problems, a share of them without the working."""
+    """Solutions of a task's problems, some of them as people write: without the working, or without R1's form."""
 
-    def __init__(self, problem: Callable[[int], Problem], count: int, name: str, answers_only: float):
-        self._problem, self._count, self._name, self._answers_only = problem, count, name, answers_only
+    def __init__(self, problem: Callable[[int], Problem], count: int, name: str, data: DataConfig):
+        self._problem, self._count, self._name, self._data = problem, count, name, data
         if not isinstance(problem(0), DemonstratedProblem):
             raise ConfigError(
                 f"data.path=task: task.kind={name} comes without demonstrations; countdown and arithmetic have them, "
@@ -115,12 +113,13 @@ class Demonstrations:
     def __getitem__(self, index: int) -> Chat:
         problem = self._problem(index)
         assert isinstance(problem, DemonstratedProblem)
-        place, response = f"problem {index} of {self._name}", problem.demonstration()
-        if random.Random(f"{self._answers_only}: {place}").random() < self._answers_only:
-            answer = answer_in(response)
-            assert answer is not None
-            response = in_response_form("", answer)
-        return chat_of(problem.prompt, response, place)
+        place = f"problem {index} of {self._name}"
+        thinking, answer = parts_of(problem.demonstration())
+        if random.Random(f"{self._data.answers_only}: {place}").random() < self._data.answers_only:
+            thinking = ""
+        if random.Random(f"formless {self._data.formless}: {place}").random() < self._data.formless:
+            return chat_of(problem.prompt, "\n".join(filter(None, (thinking, answer))), place)
+        return chat_of(problem.prompt, in_response_form(thinking, answer), place)
 
     def __iter__(self) -> Iterator[Chat]:
         return (self[index] for index in range(len(self)))

@@ -31,7 +31,7 @@ from dsv3_jax.loading import load_opened
 from dsv3_jax.runtime import set_up_compiler, use_one_thread
 from dsv3_jax.task_config import TaskConfig
 from dsv3_jax.tasks.evaluation import Figures, Judged, TaskEvaluation, evaluate
-from dsv3_jax.tasks.problem import Problem, Task
+from dsv3_jax.tasks.problem import Problem, Task, thinking_in
 from dsv3_jax.tasks.responses import PAGE_SIZE, Responder, response_ends
 from dsv3_jax.training.progress import note
 
@@ -63,6 +63,8 @@ class TaskArguments:
     """Devices to divide model and responses over; all 1, the default here: the first device."""
     save: Path | None = None
     """Write the sampled responses that are correct to this .jsonl file, as chats that data.kind=chats reads."""
+    least_thinking: int = 0
+    """Characters of thinking that a saved response has to have: an answer that comes from nowhere teaches guessing."""
     show: int = 3
     """Problems to show with their first sampled response."""
     json: bool = False
@@ -89,7 +91,7 @@ def main() -> None:
         arguments.samples,
     )
     if arguments.save:
-        saved = save_chats(arguments.save, problems, sampled)
+        saved = save_chats(arguments.save, problems, sampled, arguments.least_thinking)
         note(f"{arguments.save}: {saved} different correct responses")
     if arguments.json:
         print(json.dumps(dataclasses.asdict(evaluation)))
@@ -106,7 +108,15 @@ def parse(given: dict[str, str | None], task: TaskConfig) -> TaskArguments:
         given = given | {"json": given["json"] or "True"}
     defaults = TaskArguments(Path(str(given["checkpoint"])), task)
     arguments = parse_options(given, "python -m dsv3_jax.tasks", defaults)
-    least = {"samples": 1, "max_new_tokens": 1, "slots": 1, "speculative": 0, "show": 0, "problems": 1}
+    least = {
+        "samples": 1,
+        "max_new_tokens": 1,
+        "slots": 1,
+        "speculative": 0,
+        "show": 0,
+        "problems": 1,
+        "least_thinking": 0,
+    }
     for name, number in least.items():
         if (value := getattr(arguments, name)) is not None and value < number:
             raise ArgumentError(f"--{name}={value} must be at least {number}")
@@ -146,12 +156,19 @@ def load_responder(opened: OpenedModel, arguments: TaskArguments) -> Responder:
     return Responder(engine, tokenizer, chat, response_ends(files, tokenizer, chat))
 
 
-def save_chats(path: Path, problems: Sequence[Problem], sampled: Sequence[Sequence[Judged]]) -> int:
+def save_chats(
+    path: Path, problems: Sequence[Problem], sampled: Sequence[Sequence[Judged]], least_thinking: int = 0
+) -> int:
     """Write the different correct responses to every problem, one chat a line. Returns how many there are."""
+
+    def is_kept(one: Judged) -> bool:
+        thinks = len(thinking_in(one.response.text)) >= least_thinking
+        return one.verdict.correct and one.response.ended and thinks
+
     lines = [
         json.dumps({"messages": [{"role": "user", "content": problem.prompt}, {"role": "assistant", "content": text}]})
         for problem, of_problem in zip(problems, sampled, strict=True)
-        for text in dict.fromkeys(one.response.text for one in of_problem if one.verdict.correct and one.response.ended)
+        for text in dict.fromkeys(one.response.text for one in of_problem if is_kept(one))
     ]
     write_atomically(path, "".join(f"{line}\n" for line in lines))
     return len(lines)

@@ -67,19 +67,36 @@ class Task(Protocol):
         """For the figures that are reported."""
 
 
-def answer_in(response: str) -> str | None:
-    """The answer of a response in R1's form, <think>...</think><answer>...</answer>; None of any other.
+def parts_of(response: str) -> tuple[str, str]:
+    """Thinking and answer of a response in R1's form, <think>...</think><answer>...</answer>. Raises ValueError for any
+    other.
 
     Each tag stands there once, and nothing but whitespace around the two parts (R1 table 1).
     """
-    if any(response.count(tag) != 1 for tag in TAGS):
+    match = RESPONSE.fullmatch(response) if all(response.count(tag) == 1 for tag in TAGS) else None
+    if match is None:
+        raise ValueError("not in R1's form")
+    return match["thinking"], match["answer"].strip()
+
+
+def answer_in(response: str) -> str | None:
+    """The answer of a response in R1's form; None of any other."""
+    try:
+        return parts_of(response)[1]
+    except ValueError:
         return None
-    match = RESPONSE.fullmatch(response)
-    return match["answer"].strip() if match else None
+
+
+def thinking_in(response: str) -> str:
+    """The thinking of a response in R1's form; none of any other."""
+    try:
+        return parts_of(response)[0].strip()
+    except ValueError:
+        return ""
 
 
 def in_response_form(thinking: str, answer: str) -> str:
-    """The response that `answer_in` reads the answer of."""
+    """The response that `parts_of` takes apart."""
     return f"<think>{thinking}</think><answer>{answer}</answer>"
 
 
