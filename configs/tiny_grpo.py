@@ -7,7 +7,7 @@ from configs.tiny_sft import config as tiny_sft
 from dsv3_jax.config import CheckpointConfig, Config, DataConfig, OptimizerConfig, TrainingConfig
 from dsv3_jax.grpo_config import GRPOConfig
 
-UPDATES, RESPONSES, ROW = 100, 256, 80
+UPDATES, RESPONSES, ROW = 60, 256, 80
 
 config = Config(
     model=tiny_sft.model,
@@ -18,7 +18,7 @@ config = Config(
         batch_size=RESPONSES,
         microbatches=16,
         log_interval=1,
-        validation_interval=20,
+        validation_interval=10,
     ),
     optimizer=OptimizerConfig(
         learning_rate=5e-4,
@@ -29,7 +29,7 @@ config = Config(
         beta2=0.99,
         weight_decay=0.0,
     ),
-    checkpoint=CheckpointConfig(interval=50),
+    checkpoint=CheckpointConfig(interval=20),
     task=tiny_sft.task,
     grpo=GRPOConfig(
         prompts=32,
@@ -37,5 +37,6 @@ config = Config(
         prompt_tokens=24,
         max_new_tokens=56,
         clip_high=0.28,
+        format_weight=1.0,
     ),
 )

@@ -39,8 +39,8 @@ config = Config(
         precision="float32",
         remat="none",
     ),
-    # As in text that people write, most answers come without their working.
-    data=DataConfig(kind="chats", path="task", demonstrations=60_000, answers_only=0.65),
+    # As in text that people write, most answers come without their working, and in no particular form.
+    data=DataConfig(kind="chats", path="task", demonstrations=60_000, answers_only=0.65, formless=0.6),
     training=TrainingConfig(tokens=2_400_000, sequence_length=128, batch_size=8),
     optimizer=OptimizerConfig(
         learning_rate=4e-3,

@@ -20,6 +20,7 @@ from dsv3_jax.inference.chat import ChatError, chat_template
 from dsv3_jax.inference.stopping import stop_ids
 from dsv3_jax.task_config import TaskConfig
 from dsv3_jax.tasks import build
+from dsv3_jax.tasks.problem import parts_of
 
 BEGINNING, END, USER, ASSISTANT, THINK, END_THINK = 0, 1, 6, 7, 8, 9
 CHATML = """\
@@ -272,9 +273,22 @@ def test_a_path_of_the_other_kind_is_refused(data: dict):
 
 
 def test_a_share_of_the_demonstrations_has_the_answer_alone():
-    config = make_config(path="task", demonstrations=400, answers_only=0.25)
+    config = make_config(path="task", demonstrations=400, answers_only=0.25, formless=0.0)
     chats, problem = open_chats(config).train, build(config.task).problem
     bare = [index for index, chat in enumerate(chats) if "<think></think>" in chat.predicted]
     assert 0.18 < len(bare) / len(chats) < 0.32
     assert all(problem(index).verify(chat.predicted).correct for index, chat in enumerate(chats))
     assert [index for index, chat in enumerate(chats) if "<think></think>" in chat.predicted] == bare
+
+
+def test_a_share_of_the_demonstrations_has_no_tags_and_says_the_same():
+    """What is left out or in of the working does not depend on the tags."""
+    shares = {"path": "task", "demonstrations": 400, "answers_only": 0.25}
+    formed, mixed = (open_chats(make_config(**shares, formless=share)).train for share in (0.0, 0.3))
+    bare = 0
+    for one, other in zip(formed, mixed, strict=True):
+        thinking, answer = parts_of(one.predicted)
+        lines = f"{thinking}\n{answer}" if thinking else answer
+        assert other.predicted in (one.predicted, lines)
+        bare += other.predicted == lines
+    assert 0.23 < bare / 400 < 0.37
