@@ -5,8 +5,10 @@ import json
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from dsv3_jax.command_line import parse_train
@@ -140,16 +142,16 @@ class Pipeline:
         """Run Python with these arguments, handing on a signal to this process. Returns what it printed, if that is to
         be read. Raises StageError, StoppedError."""
         note(f"\n{what}\n  {shlex.join(['python', *arguments])}")
-        output = subprocess.PIPE if read else None
-        with subprocess.Popen([sys.executable, *arguments], stdout=output, text=True) as process:
-            printed, told = None, False
-            while printed is None:
-                try:
-                    printed = process.communicate(timeout=POLL_SECONDS)[0] or ""
-                except subprocess.TimeoutExpired:
-                    if self._interrupted() and not told:
-                        process.terminate()
-                        told = True
+        with TemporaryFile("w+") as output:
+            process = subprocess.Popen([sys.executable, *arguments], stdout=output if read else None)
+            told = False
+            while process.poll() is None:
+                if self._interrupted() and not told:
+                    process.terminate()
+                    told = True
+                time.sleep(POLL_SECONDS)
+            output.seek(0)
+            printed = output.read()
         if process.returncode == 0:
             return printed
         if self._interrupted():
