@@ -1,9 +1,9 @@
 """Fine-tuning in miniature: a small model learns to answer a task from worked solutions, well enough to be improved.
 
 python train.py --config=tiny_sft
-Hardware: any laptop CPU. The task is to add two numbers of three digits. 65% of what it is shown is an answer alone,
-and so is most of what it says then, one in four of them right; what it works out is nearly always right. tiny_grpo
-makes it work out all.
+Hardware: any laptop CPU. The task is to add two numbers of three digits, and it is shown solutions as people write them:
+60% are an answer alone, half are in no particular form. So is what it says then; what it works out is mostly right, the
+rest seldom. tiny_grpo makes it work out all, in R1's form.
 """
 
 from dsv3_jax.config import Config, DataConfig, LossConfig, ModelConfig, OptimizerConfig, TrainingConfig
@@ -40,8 +40,8 @@ config = Config(
         remat="none",
     ),
     # As in text that people write, most answers come without their working, and in no particular form.
-    data=DataConfig(kind="chats", path="task", demonstrations=60_000, answers_only=0.65, formless=0.6),
-    training=TrainingConfig(tokens=2_400_000, sequence_length=128, batch_size=8),
+    data=DataConfig(kind="chats", path="task", demonstrations=60_000, answers_only=0.6, formless=0.5),
+    training=TrainingConfig(tokens=3_000_000, sequence_length=128, batch_size=8),
     optimizer=OptimizerConfig(
         learning_rate=4e-3,
         warmup_steps=40,

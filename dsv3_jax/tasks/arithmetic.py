@@ -45,13 +45,11 @@ class ArithmeticProblem:
         return in_response_form("\n".join(lines), str(self.result))
 
     def _sum_lines(self) -> list[str]:
-        """Digits from the right, either number's first, and the 1 that is carried."""
-        lines, carry, habit = [], 0, random.Random(self.prompt)
+        """Digits from the right, and the 1 that is carried."""
+        lines, carry = [], 0
         left, right = str(self.left)[::-1], str(self.right)[::-1]
         for place in range(max(len(left), len(right))):
-            digits = [int(number[place]) for number in (left, right) if place < len(number)]
-            habit.shuffle(digits)
-            parts = digits + [carry] * (carry > 0)
+            parts = [int(number[place]) for number in (left, right) if place < len(number)] + [carry] * (carry > 0)
             total = sum(parts)
             carry = total // 10
             lines.append(f"{'+'.join(map(str, parts))}={total}")
