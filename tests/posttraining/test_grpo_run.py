@@ -35,7 +35,6 @@ def judge(prompt, response):
         os._exit(3)
     return float(len(response) % 2)
 """
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 HANGS, DIES = 3, 12
 OPTIONS = """

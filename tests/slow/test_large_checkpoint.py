@@ -13,6 +13,8 @@ import pytest
 from benchmarks.large_checkpoint import Size, fabricate
 from tests.slow.peak_memory import run_and_measure
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 SIZE = Size(layers=5, experts=16)
 LARGEST_TENSOR = SIZE.vocabulary * 7168 * 2
 MOST_MEMORY = 2 * 2**30 + LARGEST_TENSOR

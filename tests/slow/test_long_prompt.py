@@ -3,8 +3,12 @@
 import json
 import sys
 
+import pytest
+
 from tests.slow.long_prompt import LENGTH, MODEL, NEW
 from tests.slow.peak_memory import run_and_measure
+
+pytestmark = pytest.mark.usefixtures("optimized")
 
 # What is proportional to the prompt: the cache, which the Generator allocates up to the model's last position.
 CACHE = MODEL.layers * MODEL.maximum_positions * MODEL.cache_width * 4

@@ -23,8 +23,6 @@ from dsv3_jax.tasks.problem import Verdict, verdict_on
 from dsv3_jax.tasks.responses import Response
 from dsv3_jax.training.metrics import read_metrics
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 VERY_SMALL = """
     --model.vocabulary=300 --model.width=32 --model.layers=2 --model.dense_ffn_width=32 --model.heads=2
     --model.query_latent=16 --model.key_value_latent=16 --model.nope_head_dim=8 --model.value_head_dim=8

@@ -2,5 +2,12 @@
 
 import importlib.util
 
+import pytest
+
 if importlib.util.find_spec("libtpu") is None:
     collect_ignore_glob = ["test_*.py"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def as_a_user_compiles(optimized):
+    """What the compiler makes of a program is what these tests are about."""
