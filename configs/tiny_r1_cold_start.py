@@ -11,7 +11,7 @@ from dsv3_jax.config import DataConfig
 config = dataclasses.replace(
     base,
     data=DataConfig(kind="chats", path="runs/tiny_r1/cold_start.jsonl"),
-    training=dataclasses.replace(base.training, tokens=100_000),
+    training=dataclasses.replace(base.training, tokens=160_000),
     optimizer=dataclasses.replace(base.optimizer, learning_rate=5e-4, warmup_steps=5),
     loss=dataclasses.replace(base.loss, bias_speed=0.0),
 )

@@ -9,7 +9,7 @@ import dataclasses
 from configs.tiny_grpo import RESPONSES, ROW
 from configs.tiny_r1_zero import config as zero
 
-UPDATES = 20
+UPDATES = 40
 
 config = dataclasses.replace(
     zero,

@@ -1,9 +1,9 @@
 """Fine-tuning in miniature: a small model learns to answer a task from worked solutions, well enough to be improved.
 
 python train.py --config=tiny_sft
-Hardware: any laptop CPU. The task is to add two numbers of three digits, and it is shown solutions as people write them:
-60% are an answer alone, half are in no particular form. So is what it says then; what it works out is mostly right, the
-rest seldom. tiny_grpo makes it work out all, in R1's form.
+Hardware: any laptop CPU. The task is to add two numbers of three digits, and it is shown solutions as people write
+them: 60% are an answer alone, half are in no particular form. So is what it says then; what it works out is mostly
+right, the rest seldom. tiny_grpo makes it work out all, in R1's form.
 """
 
 from dsv3_jax.config import Config, DataConfig, LossConfig, ModelConfig, OptimizerConfig, TrainingConfig

@@ -28,7 +28,7 @@ class R1Options:
     """Last stage to run; None: all."""
     seed: int = 0
     """Seed of every stage."""
-    cold_start_problems: int = 400
+    cold_start_problems: int = 1000
     """Training problems that R1-Zero answers for the cold start."""
     rejection_problems: int = 2000
     """Training problems that the reasoning model answers for rejection sampling."""

@@ -127,7 +127,7 @@ def test_a_base_from_elsewhere_takes_the_place_of_the_stage(played, tmp_path):
 
 
 def test_without_a_right_response_there_are_no_traces_to_learn_from(played, tmp_path):
-    with pytest.raises(StageError, match="stage zero answered none of 400 training problems"):
+    with pytest.raises(StageError, match="stage zero answered none of 1000 training problems"):
         played(player=Player(traces=""))
     assert not (tmp_path / "cold_start.jsonl").exists()
 
