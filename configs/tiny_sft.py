@@ -41,7 +41,7 @@ config = Config(
     ),
     # As in text that people write, most answers come without their working, and in no particular form.
     data=DataConfig(kind="chats", path="task", demonstrations=60_000, answers_only=0.6, formless=0.5),
-    training=TrainingConfig(tokens=3_000_000, sequence_length=128, batch_size=8),
+    training=TrainingConfig(tokens=2_400_000, sequence_length=128, batch_size=8),
     optimizer=OptimizerConfig(
         learning_rate=4e-3,
         warmup_steps=40,
