@@ -1,6 +1,10 @@
-"""The base model of the R1 pipeline in miniature is what tiny_sft trains: it has seen solutions in every style.
+"""The base model of the R1 pipeline in miniature is nearly that of tiny_sft: it has seen solutions in every style.
 
 python -m dsv3_jax.r1 --until=base
 """
 
-from configs.tiny_sft import config as config
+import dataclasses
+
+from configs.tiny_sft import config as tiny_sft
+
+config = dataclasses.replace(tiny_sft, data=dataclasses.replace(tiny_sft.data, answers_only=0.6))

@@ -2,7 +2,7 @@
 
 python train.py --config=tiny_sft
 Hardware: any laptop CPU. The task is to add two numbers of three digits, and it is shown solutions as people write
-them: 60% are an answer alone, half are in no particular form. So is what it says then; what it works out is mostly
+them: 70% are an answer alone, half are in no particular form. So is what it says then; what it works out is mostly
 right, the rest seldom. tiny_grpo makes it work out all, in R1's form.
 """
 
@@ -40,7 +40,7 @@ config = Config(
         remat="none",
     ),
     # As in text that people write, most answers come without their working, and in no particular form.
-    data=DataConfig(kind="chats", path="task", demonstrations=60_000, answers_only=0.6, formless=0.5),
+    data=DataConfig(kind="chats", path="task", demonstrations=60_000, answers_only=0.7, formless=0.5),
     training=TrainingConfig(tokens=2_400_000, sequence_length=128, batch_size=8),
     optimizer=OptimizerConfig(
         learning_rate=4e-3,
