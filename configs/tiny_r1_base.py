@@ -1,6 +1,6 @@
 """The base model of the R1 pipeline in miniature is nearly that of tiny_sft: it has seen solutions in every style.
 
-python -m dsv3_jax.r1 --until=base
+python train.py --config=tiny_r1_base --workdir=runs/tiny_r1/base
 """
 
 import dataclasses

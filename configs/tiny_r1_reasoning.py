@@ -1,4 +1,4 @@
-"""R1's first reinforcement learning in miniature, from the cold start: form, accuracy, and no response too long.
+"""R1's first reinforcement learning in miniature, from the cold start, which it stays near to.
 
 python train.py --config=tiny_r1_reasoning --init=runs/tiny_r1/cold_start
 R1 rewards the language of the thinking as well (grpo.language_weight); sums have no words.

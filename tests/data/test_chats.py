@@ -166,7 +166,7 @@ def test_files_hold_messages_or_problems_and_responses(tmp_path: Path):
 
 
 def test_demonstrations_are_of_the_tasks_own_splits():
-    corpus = open_chats(make_config(path="task", demonstrations=50))
+    corpus = open_chats(make_config(path="task", demonstrations=50, formless=0.0))
     assert len(corpus.train) == 50 and len(corpus.validation) == tiny_sft.task.validation_problems
     assert corpus.train[3].messages[0]["content"].startswith("What is ")
     assert corpus.train[3].predicted.startswith("<think>")

@@ -157,7 +157,7 @@ def test_what_a_run_leaves_behind(uninterrupted):
     for entry in entries[1:]:
         assert 0 <= entry["mixed_groups"] <= 1 and entry["mixed_groups"] * 8 + entry["zero_variance_groups"] == 8
         assert entry["mismatch"] < 1e-5 and entry["entropy"] > 0 and 0 <= entry["truncated"] <= 1
-        assert entry["reward"] <= 1.1 and entry["gradient_norm"] > 0
+        assert entry["reward"] <= 2 and entry["gradient_norm"] > 0
     # The reference is the first policy until step 4, and a later one has moved away from it.
     assert entries[2]["kl"] > 0 and any(entry["ratio"] != 1.0 for entry in entries[1:])
     summary = json.loads((uninterrupted / "summary.json").read_text())
