@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dsv3_jax.command_line import load_config, option_pairs, parse_options, suggestion
+from dsv3_jax.command_line import option_pairs, parse_options, suggestion
 from dsv3_jax.errors import ArgumentError
-from dsv3_jax.r1.stages import COLD_START, GIVEN, STAGES
+from dsv3_jax.r1.stages import GIVEN, STAGES, Traces
 
 PROGRAM = "python -m dsv3_jax.r1"
 NAMES = tuple(stage.name for stage in STAGES)
@@ -61,10 +61,9 @@ class R1Arguments:
     def options_of(self, stage: str) -> list[str]:
         return [*self.stage_options.get("", ()), *self.stage_options.get(stage, ())]
 
-    def traces_of(self, name: str) -> tuple[int, int]:
-        """How many problems are answered for these traces, and how often each."""
-        problems = self.options.cold_start_problems if name == COLD_START.name else self.options.rejection_problems
-        return problems, self.options.samples
+    def problems_of(self, traces: Traces) -> int:
+        """How many training problems are answered for them."""
+        return getattr(self.options, f"{traces.name}_problems")
 
 
 def parse_r1(argv: Sequence[str]) -> R1Arguments:
@@ -79,9 +78,10 @@ def parse_r1(argv: Sequence[str]) -> R1Arguments:
         else:
             own[name] = value
     options = parse_options(own, PROGRAM, R1Options())
-    if options.until is not None and options.until not in NAMES:
+    left = [name for name in NAMES if getattr(options, name, None) is None]
+    if options.until is not None and options.until not in left:
         raise ArgumentError(
-            f"--until={options.until} is no stage{suggestion(options.until, NAMES)}; there are {', '.join(NAMES)}"
+            f"--until={options.until} is no stage to run{suggestion(options.until, left)}; there are {', '.join(left)}"
         )
     for name in ("cold_start_problems", "rejection_problems", "samples"):
         if getattr(options, name) < 1:
@@ -90,5 +90,4 @@ def parse_r1(argv: Sequence[str]) -> R1Arguments:
         path = getattr(options, name)
         if path is not None and not path.is_dir():
             raise ArgumentError(f"--{name}={path} is no folder with a model")
-    load_config(f"{options.configs}_{NAMES[0]}")
     return R1Arguments(options, of_stages)

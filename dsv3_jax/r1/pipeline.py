@@ -41,11 +41,10 @@ class Pipeline:
     def __init__(self, arguments: R1Arguments, interrupted: Callable[[], bool]):
         """Raises ArgumentError: a stage's options do not make a run, or not the one that was begun; nothing has run."""
         self._arguments, self._interrupted = arguments, interrupted
-        self.stages = [stage for stage in STAGES if stage.name not in arguments.given]
-        if arguments.options.until:
-            last = next(index for index, stage in enumerate(self.stages) if stage.name == arguments.options.until)
-            self.stages = self.stages[: last + 1]
-        self._configs = {stage.name: self._config(stage) for stage in self.stages}
+        stages = [stage for stage in STAGES if stage.name not in arguments.given]
+        self._configs = {stage.name: self._config(stage) for stage in stages}
+        last = list(self._configs).index(arguments.options.until) if arguments.options.until else len(stages) - 1
+        self.stages = stages[: last + 1]
 
     def run(self) -> None:
         """Everything that is not done yet: stages, the traces they learn from, an evaluation of every model.
@@ -108,7 +107,7 @@ class Pipeline:
 
     def _task_options(self, name: str) -> list[str]:
         """How the model of a stage is asked: as R1-Zero is in its rollouts, whatever its own configuration says."""
-        config = self._configs.get("zero") or self._configs[self.stages[0].name]
+        config = self._configs["zero"]
         task = [f"--task.{field}={value}" for field, value in dataclasses.asdict(config.task).items()]
         sampling = [f"--max_new_tokens={config.grpo.max_new_tokens}", f"--temperature={config.grpo.temperature}"]
         return [f"--checkpoint={self.model(name)}", *sampling, *(task if name in self._arguments.given else [])]
@@ -118,8 +117,9 @@ class Pipeline:
         path = self._traces(traces)
         if path.exists():
             return
-        problems, samples = self._arguments.traces_of(traces.name)
-        options = [*self._task_options(traces.of), "--split=train", f"--problems={problems}", f"--samples={samples}"]
+        problems = self._arguments.problems_of(traces)
+        options = [*self._task_options(traces.of), "--split=train", f"--problems={problems}"]
+        options.append(f"--samples={self._arguments.options.samples}")
         options += [f"--save={path}", f"--least_thinking={traces.least_thinking}", "--show=0"]
         self._command(f"traces of {traces.of}", ["-m", "dsv3_jax.tasks", *options])
         if not path.read_text(encoding="utf-8"):

@@ -1,4 +1,4 @@
-"""What a pipeline came to: a line a model, and a picture."""
+"""What a pipeline came to: a line a model."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_jax.files import write_atomically
-
-COLUMNS = ("greedy", "pass@1", "pass@{samples}", "format", "tokens", "seconds")
 
 
 def rows(figures: Iterable[tuple[str, Mapping[str, Any]]]) -> Iterator[dict[str, Any]]:

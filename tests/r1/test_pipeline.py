@@ -116,6 +116,12 @@ def test_what_is_done_is_not_done_again(played):
     assert played().commands == []
 
 
+def test_a_model_is_asked_alike_whatever_the_last_stage_to_run_is(played):
+    """As R1-Zero is in its rollouts, so that figures can be compared."""
+    (_, first), (_, other) = (played(f"--until={last}").commands[-1] for last in ("base", "zero"))
+    assert first["max_new_tokens"] == other["max_new_tokens"] == str(load_config("tiny_r1_zero").grpo.max_new_tokens)
+
+
 def test_a_base_from_elsewhere_takes_the_place_of_the_stage(played, tmp_path):
     base = tmp_path / "mine"
     base.mkdir()
@@ -161,7 +167,8 @@ def test_a_signal_is_handed_on_and_waited_for(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--until=zeroth"], "--until=zeroth is no stage (did you mean zero?)"),
+        (["--until=zeroth"], "--until=zeroth is no stage to run (did you mean zero?)"),
+        (["--base=.", "--until=base"], "--until=base is no stage to run; there are zero, cold_start"),
         (["--configs=tiny_r2"], "--config=tiny_r2_base does not exist"),
         (["--samples=0"], "--samples=0 must be at least 1"),
         (["--base=absent"], "--base=absent is no folder with a model"),

@@ -179,3 +179,11 @@ def test_correct_responses_become_chats_that_are_read_again(tmp_path: Path):
     expected = chat_of(problem.prompt, problem.demonstration(), "")
     assert tuple(json.loads(line)["messages"]) == expected.messages and math.isfinite(len(line))
     assert dataclasses.replace(expected, name="x").predicted == problem.demonstration()
+
+
+def test_an_answer_without_thinking_can_be_left_out(tmp_path: Path):
+    problem = ArithmeticProblem(3, "+", 4)
+    texts = [problem.demonstration(), "<think> </think><answer>7</answer>"]
+    sampled = [Judged(Response([], [1], text, True), problem.verify(text)) for text in texts]
+    saved = [program.save_chats(tmp_path / f"{least}", [problem], [sampled], least) for least in (0, 1)]
+    assert saved == [2, 1] and "+" in (tmp_path / "1").read_text()
