@@ -123,8 +123,15 @@ def parse_options(given: Mapping[str, str | None], program: str, defaults: A, wa
     for option, value in given.items():
         if value is None:
             raise ArgumentError(f"--{option} needs a value: {expected(types[option])}")
-        _require_readable(option, value, types[option], program, defaults)
-    return _tyro([f"--{option}={value}" for option, value in given.items()], program, defaults)
+    written = [f"--{option}={value}" for option, value in given.items()]
+    # tyro reports a bad value in a box on stderr and exits; one option at a time, its exit names the field.
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            return _tyro(written, program, defaults)
+    except SystemExit:
+        for option, value in given.items():
+            _require_readable(option, value, types[option], program, defaults)
+        return _tyro(written, program, defaults)
 
 
 def config_names() -> list[str]:
@@ -225,8 +232,7 @@ def _leaves(of: Any, prefix: str) -> Iterator[tuple[str, Any]]:
             yield prefix + name, hint
 
 
-def _require_readable(option: str, value: str, kind: Any, program: str, defaults: Any) -> None:
-    # tyro reports a bad value in a box on stderr and exits; one option at a time, its exit names the field.
+def _require_readable(option: str, value: str | None, kind: Any, program: str, defaults: Any) -> None:
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             _tyro([f"--{option}={value}"], program, defaults)
