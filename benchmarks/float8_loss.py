@@ -19,7 +19,8 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from dsv3_jax.command_line import option_pairs, run_main
+from benchmarks.options import own_and_other_options
+from dsv3_jax.command_line import run_main
 from dsv3_jax.errors import ArgumentError
 from dsv3_jax.training.metrics import read_metrics
 
@@ -41,13 +42,9 @@ SMOOTHING = 0.9
 
 
 def main() -> None:
-    given = {"folder": "runs/float8_loss", "seeds": "0,1,2", "variants": "bf16,fp8"}
-    options = []
-    for name, value in option_pairs(sys.argv[1:]):
-        if name in given and value:
-            given[name] = value
-        else:
-            options.append(f"--{name}={value}")
+    given, options = own_and_other_options(
+        sys.argv[1:], {"folder": "runs/float8_loss", "seeds": "0,1,2", "variants": "bf16,fp8"}
+    )
     folder = Path(given["folder"])
     for name in given["variants"].split(","):
         if name not in VARIANTS:

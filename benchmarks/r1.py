@@ -16,7 +16,8 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from dsv3_jax.command_line import option_pairs, run_main
+from benchmarks.options import own_and_other_options
+from dsv3_jax.command_line import run_main
 from dsv3_jax.training.metrics import read_metrics
 
 matplotlib.use("Agg")
@@ -33,12 +34,7 @@ COLORS = ("#1b6ca8", "#d95f02")
 
 
 def main() -> None:
-    given, options = {"folder": "runs/r1", "seeds": "0,1,2"}, []
-    for name, value in option_pairs(sys.argv[1:]):
-        if name in given and value:
-            given[name] = value
-        else:
-            options.append(f"--{name}={value}")
+    given, options = own_and_other_options(sys.argv[1:], {"folder": "runs/r1", "seeds": "0,1,2"})
     folder, seeds = Path(given["folder"]), [int(seed) for seed in given["seeds"].split(",")]
     for seed in seeds:
         command = [sys.executable, "-m", "dsv3_jax.r1", f"--folder={folder / f'seed{seed}'}", f"--seed={seed}"]
@@ -59,13 +55,13 @@ def main() -> None:
 
 def table(summaries: list[list[dict[str, Any]]]) -> str:
     """A line a stage: the mean of each figure over the seeds, and its smallest and largest."""
-    lines = [f"{'stage':<16}" + "".join(f"{name:>22}" for name in FIGURES)]
+    lines = [f"{'stage':<16}" + "".join(f"{name:>24}" for name in FIGURES)]
     for rows in zip(*summaries, strict=True):
         line = f"{rows[0]['stage']:<16}"
         for name in FIGURES:
             values = [row[name] for row in rows]
             digits = 0 if name == "seconds" else 1 if name == "tokens" else 3
-            line += f"{f'{np.mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})':>22}"
+            line += f"{f'{np.mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})':>24}"
         lines.append(line)
     return "\n".join(lines)
 

@@ -2,8 +2,8 @@
 
 python train.py --config=tiny_sft
 Hardware: any laptop CPU. The task is to add two numbers of three digits, and it is shown solutions as people write
-them: 70% are an answer alone, half are in no particular form. So is what it says then; what it works out is mostly
-right, the rest seldom. tiny_grpo makes it work out all, in R1's form.
+them: 70% are an answer alone, half are in no particular form. So is what it says then; of what it works out three in
+four are right, of the rest few. tiny_grpo makes it work out all, in R1's form, with fewer mistakes.
 """
 
 from dsv3_jax.config import Config, DataConfig, LossConfig, ModelConfig, OptimizerConfig, TrainingConfig

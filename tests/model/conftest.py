@@ -10,9 +10,6 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.functional import put_together, skeleton_of
 from tests.reference.weights import Tree
 
-# Most functions here run once, on a few tokens: LLVM's optimisations would cost more than they save.
-_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 
 @pytest.fixture(scope="session")
 def run() -> Callable[..., Any]:
@@ -35,9 +32,9 @@ def call() -> Callable[..., Any]:
 @functools.cache
 def _compiled(model: ModelConfig, function: Callable[..., Any]) -> Callable[..., Any]:
     skeleton = skeleton_of(model)
-    return _jit(lambda weights, *arrays: function(put_together(skeleton, *weights), *arrays))
+    return jax.jit(lambda weights, *arrays: function(put_together(skeleton, *weights), *arrays))
 
 
-@functools.partial(_jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def _call(structure: nnx.GraphDef, state: nnx.State, *arrays: Any) -> Any:
     return nnx.merge(structure, state)(*arrays)

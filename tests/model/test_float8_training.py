@@ -63,10 +63,7 @@ def _trained(mesh: Any) -> tuple[Any, Any]:
 
     rows = row_spec(mesh)
     in_specs = specs(parameters), specs(rest), rows, rows
-    step = jax.jit(
-        on_mesh(of_device, mesh, in_specs, (rows, in_specs[0], rows)),
-        compiler_options={"xla_backend_optimization_level": 0},
-    )
+    step = jax.jit(on_mesh(of_device, mesh, in_specs, (rows, in_specs[0], rows)))
     out, of_parameters, of_x = jax.device_get(step(parameters, rest, *_inputs(model)))
     return out, {**nnx.to_pure_dict(of_parameters), "x": of_x}
 

@@ -48,11 +48,7 @@ class Case:
             means = mean_losses(sums, counts, model)
             return objective(means, weights, model), means
 
-        # Compiled for two calls: LLVM's optimisations would cost more than they save.
-        self._compiled = jax.jit(
-            jax.value_and_grad(total, argnums=(0, 1), has_aux=True),
-            compiler_options={"xla_backend_optimization_level": 0},
-        )
+        self._compiled = jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
         (self.value, self.means), (self.gradients, self.bias_gradients) = self.ours(MTP_WEIGHT, BALANCE_WEIGHT)
 
     def ours(self, mtp_weight: float, balance_weight: float):

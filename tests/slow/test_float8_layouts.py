@@ -54,11 +54,7 @@ MATRIX, GAIN, ALONG = 1.2, 1.5, 0.06
 LOSS = 2e-3
 
 # XLA:CPU otherwise leaves out roundings to bfloat16 between what it fuses, and what it fuses depends on the layout.
-EVERY_ROUNDING = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-    "xla_allow_excess_precision": False,
-}
+EVERY_ROUNDING = {"xla_allow_excess_precision": False}
 
 
 class Replaying:

@@ -49,7 +49,7 @@ def test_a_run_goes_on_bit_for_bit_and_is_loaded_and_exported_as_any_other(confi
         Batch(random.integers(0, 48, places.shape).astype(np.int32), np.ones_like(places), places) for _ in "abc"
     ]
     step = make_train_step(config, skeleton, mesh)
-    step = step.lower(abstract_state(config, skeleton, mesh), batches[0]).compile({"xla_backend_optimization_level": 0})
+    step = step.lower(abstract_state(config, skeleton, mesh), batches[0]).compile()
     state, losses = initial_state(config, skeleton, mesh), []
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", config, TOKENIZER)
     for number, batch in enumerate(batches, start=1):

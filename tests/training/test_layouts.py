@@ -112,7 +112,7 @@ def _trained(*sizes: tuple[str, int], microbatches: int = 1, remat: str = "none"
     lowered = make_train_step(config, skeleton, mesh).lower(
         abstract_state(config, skeleton, mesh), _placed(batches[0], mesh)
     )
-    compiled = lowered.compile(compiler_options={"xla_backend_optimization_level": 0})
+    compiled = lowered.compile()
     metrics, first = [], None
     for batch in batches:
         state, of_step = compiled(state, _placed(batch, mesh))

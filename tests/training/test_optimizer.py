@@ -64,7 +64,7 @@ def train() -> Callable[[list[int]], tuple[Any, list[float]]]:
         lowered = make_train_step(CONFIG, SKELETON, one_device()).lower(
             abstract, Batch(*[jnp.ones((1, 5), jnp.int32)] * 3)
         )
-    train_step = lowered.compile(compiler_options={"xla_backend_optimization_level": 0})
+    train_step = lowered.compile()
 
     def train(indices: list[int]) -> tuple[Any, list[float]]:
         state, norms = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract), []

@@ -55,9 +55,7 @@ def _abstract_state() -> TrainState:
 
 @cache
 def _step(microbatches: int) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-    step = make_train_step(_config(microbatches), SKELETON, MESH).lower(_abstract_state(), _batch())
-    # The same program without LLVM's optimisations: it runs once or twice, and compiles in half the time.
-    return step.compile(compiler_options={"xla_backend_optimization_level": 0})
+    return make_train_step(_config(microbatches), SKELETON, MESH).lower(_abstract_state(), _batch()).compile()
 
 
 def _state(step: int = 0) -> TrainState:
