@@ -72,9 +72,7 @@ def products(depth: int, width: int) -> dict[str, dict[str, Callable[[], float]]
             "dense": timed(jnp.matmul, gradient, weights[0].T),
         },
         "gradient of weights": {
-            "fp8": timed(
-                scaled_matmul.grouped_weight_gradient, by_column, gradient_by_column, sizes, tiles.tile_of_row_M
-            ),
+            "fp8": timed(scaled_matmul.grouped_weight_gradient, by_column, gradient_by_column, sizes),
             "bfloat16": timed(grouped_gradient_of_weights, rows, gradient, sizes),
             "dense": timed(jnp.matmul, rows.T, gradient),
         },

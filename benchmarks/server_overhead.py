@@ -1,10 +1,11 @@
 """What the server costs: requests over HTTP against the same requests given to the engine itself.
 
-python -m benchmarks.server_overhead WORKDIR [--requests=16] [--tokens=256] [--rounds=6]
+python -m benchmarks.server_overhead WORKDIR [--clients=16] [--requests=4] [--tokens=256] [--rounds=6]
 
-One process serves as `infer.py --serve` does, with as many slots as requests; its engine also takes requests from the
-benchmark. Clients are in a process of their own, one connection a request. Prints, as the median and range of
-interleaved rounds, tokens a second over HTTP, streamed and whole, over those of the engine alone.
+One process serves as `infer.py --serve` does, with as many slots as clients; its engine also takes requests from the
+benchmark. Clients are in a process of their own, a connection each; every one makes so many requests, the next when one
+has ended, in both ways. Prints, as the median and range of interleaved rounds, tokens a second over HTTP, streamed and
+whole, over those of the engine alone.
 """
 
 import json
@@ -32,9 +33,11 @@ from dsv3_jax.runtime import set_up_compiler
 PROMPT = 64
 
 
-def main(workdir: tyro.conf.Positional[Path], requests: int = 16, tokens: int = 256, rounds: int = 6) -> None:
+def main(
+    workdir: tyro.conf.Positional[Path], clients: int = 16, requests: int = 4, tokens: int = 256, rounds: int = 6
+) -> None:
     set_up_compiler()
-    service, engine = load_service(InferArguments(workdir, (), serve=True, slots=requests))
+    service, engine = load_service(InferArguments(workdir, (), serve=True, slots=clients))
     listening, stop = bound("127.0.0.1", 0), threading.Event()
     server = Server(service, stop)
     threads = [
@@ -50,9 +53,9 @@ def main(workdir: tyro.conf.Positional[Path], requests: int = 16, tokens: int = 
     words, results = client.stdin, client.stdout
     random = np.random.default_rng(0)
 
-    def prompts() -> list[list[int]]:
+    def prompts() -> list[list[list[int]]]:
         # New ones for every measurement: a prompt that is known costs less.
-        return random.integers(10, 200, (requests, PROMPT)).tolist()
+        return random.integers(10, 200, (clients, requests, PROMPT)).tolist()
 
     def over_http(stream: bool) -> float:
         print(json.dumps({"prompts": prompts(), "tokens": tokens, "stream": stream}), file=words, flush=True)
@@ -74,40 +77,44 @@ def main(workdir: tyro.conf.Positional[Path], requests: int = 16, tokens: int = 
         stop.set()
         for thread in threads:
             thread.join()
-    print(f"{workdir}: {requests} requests, engine {statistics.median(found['engine']):,.0f} tokens/s")
+    speed = statistics.median(found["engine"])
+    print(f"{workdir}: {clients} clients, {requests} requests of {tokens} tokens each, engine {speed:,.0f} tokens/s")
     for name in ("streamed", "whole"):
         print(f"  {name} / engine {ratio(found[name], found['engine'])}")
 
 
-def of_engine(engine: Engine, prompts: list[list[int]], tokens: int) -> float:
+def of_engine(engine: Engine, prompts: list[list[list[int]]], tokens: int) -> float:
     """Tokens/s."""
     made, ended = [0] * len(prompts), threading.Semaphore(0)
 
-    def heard(index: int) -> Callable[[Event], None]:
+    def ask(client: int, request: int) -> None:
         def on_event(event: Event) -> None:
-            made[index] += len(event.token_ids)
-            if event.finish:
+            made[client] += len(event.token_ids)
+            if event.finish and request + 1 < len(prompts[client]):
+                ask(client, request + 1)
+            elif event.finish:
                 ended.release()
 
-        return on_event
+        engine.submit(Request(prompts[client][request], Sampling(temperature=0.0), tokens), on_event)
 
     start = time.perf_counter()
-    for index, prompt in enumerate(prompts):
-        engine.submit(Request(prompt, Sampling(temperature=0.0), tokens), heard(index))
+    for client in range(len(prompts)):
+        ask(client, 0)
     for _ in prompts:
         ended.acquire()
     return sum(made) / (time.perf_counter() - start)
 
 
 def be_clients(address: str) -> None:
-    """Makes the requests of every line that comes, all at once, and answers with tokens/s."""
+    """For every line that comes, all clients make their requests at the same time; answers with tokens/s."""
     with httpx2.Client(base_url=address, timeout=None, limits=httpx2.Limits(max_connections=None)) as client:
         for line in sys.stdin:
             work = json.loads(line)
             made = [0] * len(work["prompts"])
 
             def ask(index: int, work=work, made=made) -> None:
-                made[index] = answered(client, work["prompts"][index], work["tokens"], work["stream"])
+                for prompt in work["prompts"][index]:
+                    made[index] += answered(client, prompt, work["tokens"], work["stream"])
 
             threads = [threading.Thread(target=ask, args=(index,)) for index in range(len(made))]
             start = time.perf_counter()

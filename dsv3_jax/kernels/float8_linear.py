@@ -107,8 +107,7 @@ def _forward(options, rows_MD, rows, weights_EDF, weights, group_sizes_E):
 
 def _backward(options, saved, gradient_MF):
     kept, like, weights, group_sizes_E = saved
-    rows_MD = kept if options.keep_values else rows_of(kept)
-    of_rows_MD, of_weights_EDF = _gradients(options, rows_MD, like.dtype, weights, group_sizes_E, gradient_MF)
+    of_rows_MD, of_weights_EDF = _gradients(options, kept, like.dtype, weights, group_sizes_E, gradient_MF)
     return of_rows_MD, None, of_weights_EDF, None, None
 
 
@@ -141,14 +140,12 @@ _product_of.defvjp(_forward_of, _backward_of)
 
 
 def _gradients(
-    options: Options, rows_MD: Array, dtype: jnp.dtype, weights: Scaled, group_sizes_E: Array, gradient_MF: Array
+    options: Options, rows: Array | Scaled, dtype: jnp.dtype, weights: Scaled, group_sizes_E: Array, gradient_MF: Array
 ) -> tuple[Array, Array]:
     """Of the rows in `dtype` and of the weights in float32."""
-    tiles = token_tiles(group_sizes_E, len(rows_MD))
-    gradient = quantized_gradient(gradient_MF, options.came_in or options.recipe, tiles)
-    if options.came_in:
-        gradient_MF = rows_of(gradient)
-    of_rows_MD = scaled_matmul.grouped_input_gradient(gradient, weights, group_sizes_E, dtype)
-    rows = quantized_columns(rows_MD, options.recipe, tiles)
-    gradient = quantized_columns(gradient_MF, options.recipe, tiles, gradient=True)
-    return of_rows_MD, scaled_matmul.grouped_weight_gradient(rows, gradient, group_sizes_E, tiles.tile_of_row_M)
+    tiles = token_tiles(group_sizes_E, len(gradient_MF))
+    by_row = quantized_gradient(gradient_MF, options.came_in or options.recipe, tiles)
+    of_rows_MD = scaled_matmul.grouped_input_gradient(by_row, weights, group_sizes_E, dtype)
+    rows_by_column = quantized_columns(rows, options.recipe, tiles)
+    by_column = quantized_columns(by_row if options.came_in else gradient_MF, options.recipe, tiles, gradient=True)
+    return of_rows_MD, scaled_matmul.grouped_weight_gradient(rows_by_column, by_column, group_sizes_E)

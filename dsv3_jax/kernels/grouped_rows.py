@@ -13,8 +13,6 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
-from dsv3_jax.kernels.quantization import TILE, token_tiles
-
 LANES = 128
 PIECE = 256
 """Rows computed at one time where a tile is not the group's alone: enough to hide the loading of a matrix unit."""
@@ -43,23 +41,6 @@ def visits_of(group_sizes_E: Array, tile: int, tiles: int, of_empty: int) -> tup
     visits = Visits(*(x.astype(jnp.int32) for x in (group_V, tile_V, start_E, stop_E)))
     # A grid of no step at all is nothing to rely on; a visit of an empty group computes nothing.
     return visits, jnp.maximum(until_E[-1], 1).astype(jnp.int32)
-
-
-def tiles_apart(codes_MF: Array, group_sizes_E: Array, tiles: int) -> Array:
-    """Codes of FP8 moved so that the tile t of `quantization.token_tiles` is rows 128 t to 128 t + 127.
-
-    [128 * tiles, F]; 0 where a tile has no row, and where there are no more tiles.
-    """
-    count, rows = len(codes_MF), tiles * TILE
-    bytes_MF = jax.lax.bitcast_convert_type(codes_MF, jnp.uint8)
-    if len(group_sizes_E) == 1:  # they are in their places: rows of one group begin with the first
-        bytes_MF = jnp.where((jnp.arange(count) < group_sizes_E)[:, None], bytes_MF, 0)
-        moved = jnp.pad(bytes_MF, [(0, rows - count), (0, 0)])
-    else:
-        row_R = token_tiles(group_sizes_E, count).row_TR.reshape(-1)
-        row_R = jnp.pad(row_R, (0, rows - len(row_R)), constant_values=count)
-        moved = jnp.take(bytes_MF, row_R, axis=0, mode="fill", fill_value=0)
-    return jax.lax.bitcast_convert_type(moved, codes_MF.dtype)
 
 
 def rows_of_visit(visits, visit, tile):

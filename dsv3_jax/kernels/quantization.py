@@ -55,6 +55,8 @@ class TokenTiles(NamedTuple):
     """int32. Rows that are in no group have the last tile, which is no group's."""
     row_TR: Array
     """int32 [T, 128], the rows of each tile; M where it has no more."""
+    one_group: bool
+    """No row has to be moved to be in its tile's place."""
 
 
 def token_tiles(group_sizes_E: Array, rows: int) -> TokenTiles:
@@ -62,7 +64,7 @@ def token_tiles(group_sizes_E: Array, rows: int) -> TokenTiles:
     groups = group_sizes_E.shape[0]
     count = -(-rows // TILE) + groups  # never all used: groups have less than rows / 128 + E in all
     stop_E = jnp.cumsum(group_sizes_E)
-    tiles_E = -(-group_sizes_E // TILE)
+    tiles_E = in_whole_tiles(group_sizes_E) // TILE
     until_E = jnp.cumsum(tiles_E)
     tile_T = jnp.arange(count)
     group_T = jnp.minimum(jnp.searchsorted(until_E, tile_T, side="right", method="compare_all"), groups - 1)
@@ -72,7 +74,12 @@ def token_tiles(group_sizes_E: Array, rows: int) -> TokenTiles:
     row_TR = jnp.where(is_tile_T[:, None] & (row_TR < stop_E[group_T][:, None]), row_TR, rows)
     begins_M = jnp.zeros(rows, jnp.int32).at[jnp.where(is_tile_T, start_T, rows)].add(1, mode="drop")
     tile_of_row_M = jnp.where(jnp.arange(rows) < stop_E[-1], jnp.cumsum(begins_M) - 1, count - 1)
-    return TokenTiles(tile_of_row_M.astype(jnp.int32), row_TR.astype(jnp.int32))
+    return TokenTiles(tile_of_row_M.astype(jnp.int32), row_TR.astype(jnp.int32), groups == 1)
+
+
+def in_whole_tiles(group_sizes_E: Array) -> Array:
+    """The rows of each group with those that its last tile lacks."""
+    return -(-group_sizes_E // TILE) * TILE
 
 
 def scales_of(amax: Array, scales: ScaleFormat, largest: float = LARGEST, smallest: float = SMALLEST_AMAX) -> Array:
@@ -103,7 +110,7 @@ def quantized_gradient(x_MF: Array, recipe: Recipe, tiles: TokenTiles) -> Scaled
     """`quantized_rows`; for the ablation the tiles that one block of 128 x 128 covers have one scale."""
     if recipe.tiles != "gradient_blocks":
         return quantized_rows(x_MF, recipe, SMALLEST_OF_GRADIENT)
-    amax_Tf = _largest(_taken(tile_amax(x_MF), tiles.row_TR), 1)
+    amax_Tf = _largest(_taken(tile_amax(x_MF), tiles), 1)
     scales = scales_of(amax_Tf, recipe.scales, smallest=SMALLEST_OF_GRADIENT)[tiles.tile_of_row_M]
     return Scaled(codes_of(x_MF, scales), scales)
 
@@ -126,16 +133,20 @@ def codes_of(x: Array, scales: Array) -> Array:
     return _untiled(_codes(_tiled(x, -1), scales[..., None]), -1, x.shape)
 
 
-def quantized_columns(x_MF: Array, recipe: Recipe, tiles: TokenTiles, *, gradient: bool = False) -> Scaled:
-    """Tiles of 128 x 1 along the tokens: codes [M, F], scales [T, F]. Codes of rows in no group are 0."""
-    amax_TF = _pooled(_largest(_taken(x_MF, tiles.row_TR), 1), recipe)
+def quantized_columns(x: Array | Scaled, recipe: Recipe, tiles: TokenTiles, *, gradient: bool = False) -> Scaled:
+    """Tiles of 128 x 1 along the tokens of numbers [M, F], or of those that `quantized_rows` stand for.
+
+    Every tile has rows of its own: codes [128 T, F], of tile t the rows 128 t to 128 t + 127, 0 where it has no more;
+    scales [T, F].
+    """
+    x_TRF = _in_tiles(x, tiles)
+    amax_TF = _pooled(_largest(x_TRF, 1), recipe)
     if recipe.tiles == "gradient_blocks" and gradient:
         amax_TF = jnp.repeat(_largest(_tiled(amax_TF, -1), -1), TILE, axis=-1)[:, : amax_TF.shape[1]]
     smallest = SMALLEST_OF_GRADIENT if gradient else SMALLEST_AMAX
     scales_TF = scales_of(amax_TF, recipe.scales, smallest=smallest)
-    codes = _codes(x_MF.astype(jnp.float32), scales_TF[tiles.tile_of_row_M])
-    in_group_M1 = (tiles.tile_of_row_M < len(scales_TF) - 1)[:, None]
-    return Scaled(jnp.where(in_group_M1, codes, jnp.zeros((), codes.dtype)), scales_TF)
+    codes_TRF = _codes(x_TRF.astype(jnp.float32), scales_TF[:, None])
+    return Scaled(codes_TRF.reshape(-1, codes_TRF.shape[-1]), scales_TF)
 
 
 def rows_of(scaled: Scaled, dtype: jnp.dtype = jnp.float32) -> Array:
@@ -151,9 +162,9 @@ def blocks_of(scaled: Scaled) -> Array:
     return codes.astype(jnp.float32) * scales[..., :rows, :columns]
 
 
-def columns_of(scaled: Scaled, tile_of_row_M: Array) -> Array:
-    """The values of `quantized_columns`, float32."""
-    return scaled.codes.astype(jnp.float32) * scaled.scales[tile_of_row_M]
+def columns_of(scaled: Scaled) -> Array:
+    """The values of `quantized_columns`, float32 [128 T, F]."""
+    return scaled.codes.astype(jnp.float32) * jnp.repeat(scaled.scales, TILE, axis=0)
 
 
 def _pooled(amax: Array, recipe: Recipe) -> Array:
@@ -162,7 +173,9 @@ def _pooled(amax: Array, recipe: Recipe) -> Array:
 
 
 def _codes(x: Array, scales: Array) -> Array:
-    return jnp.clip(x / scales, -LARGEST, LARGEST).astype(jnp.float8_e4m3fn)
+    # The reciprocal is what XLA makes of a division by what many numbers share, sometimes: numbers half-way between
+    # two codes would go either way. The released kernels divide.
+    return jnp.clip(x * (1 / scales), -LARGEST, LARGEST).astype(jnp.float8_e4m3fn)
 
 
 def _largest(x: Array, axis: int) -> Array:
@@ -199,6 +212,19 @@ def _untiled(x: Array, axis: int, shape: tuple[int, ...]) -> Array:
     return jax.lax.slice_in_dim(x, 0, shape[axis], axis=axis)
 
 
-def _taken(x_MF: Array, row_TR: Array) -> Array:
+def _in_tiles(x: Array | Scaled, tiles: TokenTiles) -> Array:
+    """[T, 128, F], 0 where a tile has no row; of codes float32, and a row is moved as its codes and scales."""
+    if not isinstance(x, Scaled):
+        return _taken(x, tiles)
+    bytes_TRF = _taken(jax.lax.bitcast_convert_type(x.codes, jnp.uint8), tiles)
+    return rows_of(Scaled(jax.lax.bitcast_convert_type(bytes_TRF, x.codes.dtype), _taken(x.scales, tiles)))
+
+
+def _taken(x_MF: Array, tiles: TokenTiles) -> Array:
     """[T, 128, F], 0 where a tile has no row."""
-    return jnp.take(x_MF, row_TR, axis=0, mode="fill", fill_value=0)
+    if not tiles.one_group:
+        return jnp.take(x_MF, tiles.row_TR, axis=0, mode="fill", fill_value=0)
+    # They are in their places: rows of one group begin with the first.
+    (tiles_, rows), (count, width) = tiles.row_TR.shape, x_MF.shape
+    x_TRF = jnp.pad(x_MF, [(0, tiles_ * rows - count), (0, 0)]).reshape(tiles_, rows, width)
+    return jnp.where((tiles.row_TR < count)[:, :, None], x_TRF, jnp.zeros((), x_MF.dtype))

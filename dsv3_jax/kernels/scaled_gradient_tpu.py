@@ -1,7 +1,6 @@
 """Gradients of weights from products of FP8, on the TPUs that have them, in Pallas: sums over the rows of each group.
 
-A tile of 128 rows begins with its group's first row, which may be anywhere; registers hold 32 rows of codes. So each
-tile is first moved to a place of its own, what it lacks filled up with zeros.
+Registers hold 32 rows of codes. So every tile of 128 rows has a place of its own, wherever its group begins.
 """
 
 import jax
@@ -10,29 +9,28 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from dsv3_jax.kernels.grouped_rows import LANES, rows_of_visit, tile_of, tiles_apart, visits_of
-from dsv3_jax.kernels.quantization import TILE, Scaled
+from dsv3_jax.kernels.grouped_rows import LANES, rows_of_visit, tile_of, visits_of
+from dsv3_jax.kernels.quantization import TILE, Scaled, in_whole_tiles
 from sharding.collectives import spread_alike
 
 # Blocks of [ROWS, COLUMNS] of the result, which is the sum as well: 16 MiB in two buffers. Of codes STEP tiles a time.
 ROWS, COLUMNS, STEP = 1024, 2048, 4
 
 
-def grouped_weight_gradient(
-    rows: Scaled, gradient: Scaled, group_sizes_E: Array, tile_of_row_M: Array, interpret: bool = False
-) -> Array:
+def grouped_weight_gradient(rows: Scaled, gradient: Scaled, group_sizes_E: Array, interpret: bool = False) -> Array:
     """`interpret`: emulated, for tests on a CPU."""
     leaves = spread_alike(*rows, *gradient, group_sizes_E)
     rows, gradient, group_sizes_E = Scaled(*leaves[:2]), Scaled(*leaves[2:4]), leaves[4]
-    (left_RD, left_sSD), (right_RF, right_sSF) = (_by_tile(each, group_sizes_E) for each in (rows, gradient))
+    (left_RD, left_sSD), (right_RF, right_sSF) = map(_in_whole_blocks, (rows, gradient))
     (count, depth), width = left_RD.shape, right_RF.shape[1]
     tile, height, columns = STEP * TILE, tile_of(depth, ROWS), tile_of(width, COLUMNS)
-    visits, number = visits_of(-(-group_sizes_E // TILE) * TILE, tile, count // tile, of_empty=1)
+    visits, number = visits_of(in_whole_tiles(group_sizes_E), tile, count // tile, of_empty=1)
     result = jax.ShapeDtypeStruct(
         (len(group_sizes_E), depth, width), jnp.float32, manual_axis_type=jax.typeof(left_RD).mat
     )
     operands = left_RD, left_sSD, right_RF, right_sSF
     moved = sum(operand.nbytes for operand in operands) + 4 * result.size
+    flops = 2 * (len(rows.codes) - len(group_sizes_E) * TILE) * depth * width  # without what fills up the last tiles
     out = pl.pallas_call(
         _kernel,
         out_shape=result,
@@ -50,10 +48,7 @@ def grouped_weight_gradient(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=48 * 2**20
         ),
-        # Of the rows as they were given: tiles that are filled up are few.
-        cost_estimate=pl.CostEstimate(
-            flops=2 * len(tile_of_row_M) * depth * width, transcendentals=0, bytes_accessed=moved
-        ),
+        cost_estimate=pl.CostEstimate(flops=flops, transcendentals=0, bytes_accessed=moved),
         interpret=interpret,
         name=f"{kind_of(group_sizes_E)}_float8_gradient",
     )(visits, *operands)
@@ -65,11 +60,10 @@ def kind_of(group_sizes_E: Array) -> str:
     return "grouped_matmul" if len(group_sizes_E) > 1 else "matmul"
 
 
-def _by_tile(scaled: Scaled, group_sizes_E: Array) -> tuple[Array, Array]:
+def _in_whole_blocks(scaled: Scaled) -> tuple[Array, Array]:
     """Codes with 128 rows a tile, and scales STEP tiles to a matrix; in whole lanes, and in whole matrices."""
-    tiles, width = scaled.scales.shape
-    missing, lanes = -tiles % STEP, (0, -width % LANES)
-    codes = tiles_apart(jnp.pad(scaled.codes, [(0, 0), lanes]), group_sizes_E, tiles + missing)
+    missing, lanes = -len(scaled.scales) % STEP, (0, -scaled.scales.shape[1] % LANES)
+    codes = jnp.pad(scaled.codes, [(0, missing * TILE), lanes])
     return codes, jnp.pad(scaled.scales, [(0, missing), lanes]).reshape(-1, STEP, codes.shape[1])
 
 

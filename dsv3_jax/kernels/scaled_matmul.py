@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from dsv3_jax.kernels.grouped_matmul import grouped_gradient_of_weights, grouped_matmul
-from dsv3_jax.kernels.quantization import Scaled, blocks_of, columns_of, rows_of
+from dsv3_jax.kernels.quantization import Scaled, blocks_of, columns_of, in_whole_tiles, rows_of
 from sharding.mesh import device_kind, platform
 
 
@@ -65,22 +65,21 @@ def grouped_input_gradient(gradient: Scaled, weights: Scaled, group_sizes_E: Arr
     return _multiplied(rows_of(gradient), blocks_of(weights).swapaxes(1, 2), group_sizes_E).astype(dtype)
 
 
-def grouped_weight_gradient(rows: Scaled, gradient: Scaled, group_sizes_E: Array, tile_of_row_M: Array) -> Array:
+def grouped_weight_gradient(rows: Scaled, gradient: Scaled, group_sizes_E: Array) -> Array:
     """The transpose of the rows of group e times their gradients: float32 [E, D, F].
 
     Args:
-        rows: codes [M, D], scales [T, D], one for a channel's numbers in a tile of 128 rows of one group.
-        gradient: codes [M, F], scales [T, F].
+        rows: of `quantization.quantized_columns`: codes [128 T, D], scales [T, D], one for a channel's numbers in a
+            tile of 128 rows of one group; 0 where a tile has no row.
+        gradient: codes [128 T, F], scales [T, F].
         group_sizes_E: as in `grouped_product`.
-        tile_of_row_M: int32 tile of each row, rising with the rows (`quantization.token_tiles`).
     """
     if native := native_kernels():
-        return native.grouped_weight_gradient(rows, gradient, group_sizes_E, tile_of_row_M)
-    is_row_M1 = (jnp.arange(len(tile_of_row_M)) < group_sizes_E.sum())[:, None]
-    left_MD, right_MF = (jnp.where(is_row_M1, columns_of(each, tile_of_row_M), 0) for each in (rows, gradient))
+        return native.grouped_weight_gradient(rows, gradient, group_sizes_E)
+    left_RD, right_RF = columns_of(rows), columns_of(gradient)
     if len(group_sizes_E) > 1:
-        return grouped_gradient_of_weights(left_MD, right_MF, group_sizes_E)
-    return jnp.matmul(left_MD.T, right_MF, precision=jax.lax.Precision.HIGHEST)[None]
+        return grouped_gradient_of_weights(left_RD, right_RF, in_whole_tiles(group_sizes_E))
+    return jnp.matmul(left_RD.T, right_RF, precision=jax.lax.Precision.HIGHEST)[None]
 
 
 def _multiplied(rows_MD: Array, weights_EDF: Array, group_sizes_E: Array) -> Array:

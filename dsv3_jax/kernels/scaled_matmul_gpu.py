@@ -17,8 +17,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dsv3_jax.kernels.grouped_rows import tiles_apart
-from dsv3_jax.kernels.quantization import TILE, Scaled, token_tiles
+from dsv3_jax.kernels.quantization import TILE, Scaled, in_whole_tiles, token_tiles
 from sharding.collectives import spread_alike, spread_like
 
 WARPGROUPS = 2
@@ -47,15 +46,13 @@ def grouped_input_gradient(
     return _product(gradient, matrices, group_sizes_E, dtype, interpret)
 
 
-def grouped_weight_gradient(
-    rows: Scaled, gradient: Scaled, group_sizes_E: Array, tile_of_row_M: Array, interpret: Any = None
-) -> Array:
+def grouped_weight_gradient(rows: Scaled, gradient: Scaled, group_sizes_E: Array, interpret: Any = None) -> Array:
     leaves = spread_alike(*rows, *gradient, group_sizes_E)
     rows, gradient, group_sizes_E = Scaled(*leaves[:2]), Scaled(*leaves[2:4]), leaves[4]
-    left, right = (_turned_around(each, group_sizes_E) for each in (rows, gradient))
+    left, right = _turned_around(rows), _turned_around(gradient)
     depth, width = len(left.codes), len(right.codes)
     blocks = depth // TILE, width // TILE
-    tiles_E = -(-group_sizes_E // TILE)
+    tiles_E = in_whole_tiles(group_sizes_E) // TILE
     # An empty group has the last tile, which is nobody's and all zeros.
     first_E = jnp.where(tiles_E > 0, jnp.cumsum(tiles_E) - tiles_E, len(left.scales) - 1).astype(jnp.int32)
     steps_E = jnp.maximum(tiles_E, 1).astype(jnp.int32)
@@ -192,10 +189,9 @@ def _multiplied(left: Any, right: Any) -> Array:
     return pl.run_scoped(multiply, plgpu.ACC((HEIGHT, TILE), jnp.float32))
 
 
-def _turned_around(scaled: Scaled, group_sizes_E: Array) -> Scaled:
-    """Codes [F, T * 128] with 128 rows a tile, and scales [T, F]; in whole tiles."""
-    codes = tiles_apart(_filled_up(scaled.codes, 1), group_sizes_E, len(scaled.scales))
-    return Scaled(codes.T, _filled_up(scaled.scales, 1))
+def _turned_around(scaled: Scaled) -> Scaled:
+    """Codes [F, 128 T] and scales [T, F], in whole tiles."""
+    return Scaled(_filled_up(scaled.codes, 1).T, _filled_up(scaled.scales, 1))
 
 
 def _filled_up(x: Array, *dims: int, after: int = 0) -> Array:

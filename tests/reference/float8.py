@@ -22,7 +22,7 @@ def scale(values: np.ndarray, power_of_two: bool = False) -> np.float32:
 
 def codes(values: np.ndarray, scale: np.float32) -> np.ndarray:
     with np.errstate(invalid="ignore"):
-        quotient = values.astype(np.float32) / scale
+        quotient = values.astype(np.float32) * (np.float32(1) / scale)
         return np.clip(quotient, np.float32(-448), np.float32(448)).astype(ml_dtypes.float8_e4m3fn)
 
 

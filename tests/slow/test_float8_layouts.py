@@ -37,10 +37,15 @@ MODEL = dataclasses.replace(
 )  # fmt: skip
 
 LAYOUTS: dict[str, dict[str, int]] = {
+    "data 8": {"data": 8},
     "expert 8": {"expert": 8},
+    "node 2, expert 4": {"node": 2, "expert": 4},
+    "context 4, data 2": {"context": 4, "data": 2},
     "fsdp 4, tensor 2": {"fsdp": 4, "tensor": 2},
     "expert 2, context 2, tensor 2": {"expert": 2, "context": 2, "tensor": 2},
 }
+EXPERTS_ALONE = ("expert 8", "node 2, expert 4")
+"""Every expert has the tokens that it has on one device."""
 
 # What FP8 takes for another code is a sixteenth of a number or more, and three blocks hand it on: a difference in
 # float32's last bit becomes one of some percent at the far end of the backward pass. Where devices divide tokens alone
@@ -150,15 +155,16 @@ def _distance(found: np.ndarray, wanted: np.ndarray) -> float:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_losses_are_those_of_one_device_and_every_token_goes_where_it_is_sent(layout):
     (_, (alone, loads_alone)), (_, (found, loads)) = _learnt(), _learnt(*LAYOUTS[layout].items())
-    tolerance = 1e-6 if layout == "expert 8" else LOSS
+    tolerance = 1e-6 if layout in EXPERTS_ALONE else LOSS
     for name in ("next_token", "mtp", "balance"):
         np.testing.assert_allclose(getattr(found, name), getattr(alone, name), rtol=tolerance, err_msg=name)
     for load, wanted in zip(loads, loads_alone, strict=True):
         np.testing.assert_array_equal(load, wanted)
 
 
-def test_gradients_of_experts_divided_over_one_axis_are_those_of_one_device():
-    alone, found = _named(_learnt()[0]), _named(_learnt(("expert", 8))[0])
+@pytest.mark.parametrize("layout", EXPERTS_ALONE)
+def test_gradients_where_only_experts_are_divided_are_those_of_one_device(layout):
+    alone, found = _named(_learnt()[0]), _named(_learnt(*LAYOUTS[layout].items())[0])
     for name, wanted in alone.items():
         assert _distance(found[name], wanted) < SAME_TOKENS, name
     # Before anything was amplified: the experts that the backward pass comes to first.

@@ -98,6 +98,15 @@ def test_two_processes_train_as_one(start, together, tmp_path):
     assert (together / "summary.json").exists() and (together / "loss.png").exists()
 
 
+def test_two_processes_train_in_fp8_as_one(start, tmp_path):
+    fp8 = "--model.precision=fp8"
+    _ended(start(tmp_path / "alone", 1, fp8), 0)
+    _ended(start(tmp_path / "together", 2, fp8), 0, 0)
+    alone, found = _numbers(tmp_path / "alone"), _numbers(tmp_path / "together")
+    for name, values in alone.items():
+        np.testing.assert_allclose(found[name], values, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
 def test_when_one_dies_the_other_stops_at_once_and_the_run_goes_on_from_its_checkpoint(start, together, tmp_path):
     workdir = tmp_path / "run"
     first, second = start(workdir, 2)
