@@ -15,11 +15,14 @@ neither may turn into a number.
 """
 
 import math
+from types import ModuleType
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from sharding.mesh import device_kind
 
 TILE = 128
 LARGEST = 448.0
@@ -59,6 +62,15 @@ class TokenTiles(NamedTuple):
     """No row has to be moved to be in its tile's place."""
 
 
+def native_kernels() -> ModuleType | None:
+    """Kernels for the device that is compiled for, of the TPUs that multiply FP8; None: XLA does as well."""
+    if device_kind() != "TPU7x":
+        return None
+    from dsv3_jax.kernels import quantization_tpu  # Pallas takes a second to import
+
+    return quantization_tpu
+
+
 def token_tiles(group_sizes_E: Array, rows: int) -> TokenTiles:
     """The tiles of rows sorted by group, T = ceil(rows / 128) + E, numbered in the order of the rows."""
     groups = group_sizes_E.shape[0]
@@ -95,13 +107,32 @@ def scales_of(amax: Array, scales: ScaleFormat, largest: float = LARGEST, smalle
     return jnp.where(jnp.isfinite(amax), _floats(exponent << 23), amax)
 
 
+def largest_of(x: Array, axis: int | tuple[int, ...], keepdims: bool = False) -> Array:
+    """The largest magnitude along dims in float32; NaN if there is one.
+
+    Of the bits as integers, which have the order of the magnitudes with NaN above all: XLA:CPU's maximum of floats
+    passes over NaN.
+    """
+    bits = jnp.max(_bits(x.astype(jnp.float32)) & 0x7FFFFFFF, axis=axis, keepdims=keepdims)
+    return _floats(bits)
+
+
+def codes_with(x: Array, scales: Array) -> Array:
+    """Codes of numbers whose scales these are, or one of several."""
+    # The reciprocal is what XLA makes of a division by what many numbers share, sometimes: numbers half-way between
+    # two codes would go either way. The released kernels divide.
+    return jnp.clip(x * (1 / scales), -LARGEST, LARGEST).astype(jnp.float8_e4m3fn)
+
+
 def tile_amax(x: Array) -> Array:
     """The largest magnitude of each tile of 1 x 128: [.., ceil(D / 128)]."""
-    return _largest(_tiled(x, -1), -1)
+    return largest_of(_tiled(x, -1), -1)
 
 
 def quantized_rows(x: Array, recipe: Recipe, smallest: float = SMALLEST_AMAX) -> Scaled:
-    """Tiles of 1 x 128 along the last dim: codes [.., D], scales [.., ceil(D / 128)]."""
+    """Tiles of 1 x 128 along the last dim: codes [M, D], scales [M, ceil(D / 128)]."""
+    if (kernels := native_kernels()) and recipe.tiles != "tensor":
+        return kernels.quantized(x, kernels.ROW, recipe.scales, smallest)
     scales = scales_of(_pooled(tile_amax(x), recipe), recipe.scales, smallest=smallest)
     return Scaled(codes_of(x, scales), scales)
 
@@ -110,13 +141,18 @@ def quantized_gradient(x_MF: Array, recipe: Recipe, tiles: TokenTiles) -> Scaled
     """`quantized_rows`; for the ablation the tiles that one block of 128 x 128 covers have one scale."""
     if recipe.tiles != "gradient_blocks":
         return quantized_rows(x_MF, recipe, SMALLEST_OF_GRADIENT)
-    amax_Tf = _largest(_taken(tile_amax(x_MF), tiles), 1)
+    amax_Tf = largest_of(_taken(tile_amax(x_MF), tiles), 1)
     scales = scales_of(amax_Tf, recipe.scales, smallest=SMALLEST_OF_GRADIENT)[tiles.tile_of_row_M]
     return Scaled(codes_of(x_MF, scales), scales)
 
 
 def quantized_blocks(x_EDF: Array, recipe: Recipe) -> Scaled:
     """Blocks of 128 x 128 of each matrix: codes [E, D, F], scales [E, ceil(D / 128), ceil(F / 128)]."""
+    if (kernels := native_kernels()) and recipe.tiles != "tensor":
+        count, depth, width = x_EDF.shape
+        rows = jnp.pad(x_EDF, [(0, 0), (0, -depth % TILE), (0, 0)]).reshape(-1, width)
+        codes, scales = kernels.quantized(rows, kernels.BLOCK, recipe.scales, SMALLEST_AMAX)
+        return Scaled(codes.reshape(count, -1, width)[:, :depth], scales.reshape(count, -1, scales.shape[1]))
     amax_EDf = tile_amax(x_EDF)  # of a row's part in each block, all that the block has to know of it
     scales_EDf, scales_Edf = block_scales(amax_EDf, recipe)
     return Scaled(codes_of(x_EDF, scales_EDf), scales_Edf)
@@ -124,13 +160,13 @@ def quantized_blocks(x_EDF: Array, recipe: Recipe) -> Scaled:
 
 def block_scales(amax_EDf: Array, recipe: Recipe) -> tuple[Array, Array]:
     """Of the blocks with these `tile_amax`: the scale of each row's part [E, D, f], and of each block [E, d, f]."""
-    scales_Edf = scales_of(_pooled(_largest(_tiled(amax_EDf, -2), -2), recipe), recipe.scales)
+    scales_Edf = scales_of(_pooled(largest_of(_tiled(amax_EDf, -2), -2), recipe), recipe.scales)
     return jnp.repeat(scales_Edf, TILE, axis=-2)[:, : amax_EDf.shape[-2]], scales_Edf
 
 
 def codes_of(x: Array, scales: Array) -> Array:
     """Codes [.., D] with these scales [.., ceil(D / 128)]."""
-    return _untiled(_codes(_tiled(x, -1), scales[..., None]), -1, x.shape)
+    return _untiled(codes_with(_tiled(x, -1), scales[..., None]), -1, x.shape)
 
 
 def quantized_columns(x: Array | Scaled, recipe: Recipe, tiles: TokenTiles, *, gradient: bool = False) -> Scaled:
@@ -139,18 +175,24 @@ def quantized_columns(x: Array | Scaled, recipe: Recipe, tiles: TokenTiles, *, g
     Every tile has rows of its own: codes [128 T, F], of tile t the rows 128 t to 128 t + 127, 0 where it has no more;
     scales [T, F].
     """
-    x_TRF = _in_tiles(x, tiles)
-    amax_TF = _pooled(_largest(x_TRF, 1), recipe)
-    if recipe.tiles == "gradient_blocks" and gradient:
-        amax_TF = jnp.repeat(_largest(_tiled(amax_TF, -1), -1), TILE, axis=-1)[:, : amax_TF.shape[1]]
+    x = _in_tiles(x, tiles)
     smallest = SMALLEST_OF_GRADIENT if gradient else SMALLEST_AMAX
+    if (kernels := native_kernels()) and (recipe.tiles == "fine" or recipe.tiles == "gradient_blocks" and not gradient):
+        return kernels.quantized(x, kernels.COLUMN, recipe.scales, smallest)
+    x_MF = rows_of(x) if isinstance(x, Scaled) else x
+    x_TRF = x_MF.reshape(-1, TILE, x_MF.shape[1])
+    amax_TF = _pooled(largest_of(x_TRF, 1), recipe)
+    if recipe.tiles == "gradient_blocks" and gradient:
+        amax_TF = jnp.repeat(largest_of(_tiled(amax_TF, -1), -1), TILE, axis=-1)[:, : amax_TF.shape[1]]
     scales_TF = scales_of(amax_TF, recipe.scales, smallest=smallest)
-    codes_TRF = _codes(x_TRF.astype(jnp.float32), scales_TF[:, None])
+    codes_TRF = codes_with(x_TRF.astype(jnp.float32), scales_TF[:, None])
     return Scaled(codes_TRF.reshape(-1, codes_TRF.shape[-1]), scales_TF)
 
 
 def rows_of(scaled: Scaled, dtype: jnp.dtype = jnp.float32) -> Array:
     """The values of `quantized_rows`, each product rounded once to float32, and once to `dtype`."""
+    if kernels := native_kernels():
+        return kernels.rows_of(scaled, dtype)
     values = _tiled(scaled.codes, -1).astype(jnp.float32) * scaled.scales[..., None]
     return _untiled(values, -1, scaled.codes.shape).astype(dtype)
 
@@ -169,23 +211,7 @@ def columns_of(scaled: Scaled) -> Array:
 
 def _pooled(amax: Array, recipe: Recipe) -> Array:
     """Each tile's own, or that of all."""
-    return jnp.broadcast_to(_largest(amax.reshape(-1), 0), amax.shape) if recipe.tiles == "tensor" else amax
-
-
-def _codes(x: Array, scales: Array) -> Array:
-    # The reciprocal is what XLA makes of a division by what many numbers share, sometimes: numbers half-way between
-    # two codes would go either way. The released kernels divide.
-    return jnp.clip(x * (1 / scales), -LARGEST, LARGEST).astype(jnp.float8_e4m3fn)
-
-
-def _largest(x: Array, axis: int) -> Array:
-    """The largest magnitude along a dim in float32; NaN if there is one.
-
-    Of the bits as integers, which have the order of the magnitudes with NaN above all: XLA:CPU's maximum of floats
-    passes over NaN.
-    """
-    bits = jnp.max(_bits(x.astype(jnp.float32)) & 0x7FFFFFFF, axis=axis)
-    return _floats(bits)
+    return jnp.broadcast_to(largest_of(amax.reshape(-1), 0), amax.shape) if recipe.tiles == "tensor" else amax
 
 
 def _bits(x: Array) -> Array:
@@ -212,12 +238,13 @@ def _untiled(x: Array, axis: int, shape: tuple[int, ...]) -> Array:
     return jax.lax.slice_in_dim(x, 0, shape[axis], axis=axis)
 
 
-def _in_tiles(x: Array | Scaled, tiles: TokenTiles) -> Array:
-    """[T, 128, F], 0 where a tile has no row; of codes float32, and a row is moved as its codes and scales."""
+def _in_tiles(x: Array | Scaled, tiles: TokenTiles) -> Array | Scaled:
+    """Rows [128 T, F] of which the tile t is 128 t to 128 t + 127, 0 where it has no more."""
     if not isinstance(x, Scaled):
-        return _taken(x, tiles)
+        return _taken(x, tiles).reshape(-1, x.shape[1])
     bytes_TRF = _taken(jax.lax.bitcast_convert_type(x.codes, jnp.uint8), tiles)
-    return rows_of(Scaled(jax.lax.bitcast_convert_type(bytes_TRF, x.codes.dtype), _taken(x.scales, tiles)))
+    codes_TRF = jax.lax.bitcast_convert_type(bytes_TRF, x.codes.dtype)
+    return Scaled(codes_TRF.reshape(-1, x.codes.shape[1]), _taken(x.scales, tiles).reshape(-1, x.scales.shape[1]))
 
 
 def _taken(x_MF: Array, tiles: TokenTiles) -> Array:

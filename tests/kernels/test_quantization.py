@@ -1,12 +1,14 @@
 """Every quantiser against a loop over tiles in numpy and ml_dtypes, bit for bit."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsv3_jax.kernels import quantization, quantization_tpu
 from dsv3_jax.kernels.quantization import (
     Recipe,
     Scaled,
@@ -21,6 +23,17 @@ from dsv3_jax.kernels.quantization import (
 )
 from tests.reference import float8 as reference
 
+
+@pytest.fixture(params=["xla", "tpu"], autouse=True)
+def kernels(request, monkeypatch):
+    """Both ways: as XLA does it, and the TPU's kernels, emulated."""
+    if request.param == "tpu":
+        emulated = {name: functools.partial(getattr(quantization_tpu, name), interpret=True) for name in EMULATED}
+        sharing = {name: getattr(quantization_tpu, name) for name in ("ROW", "COLUMN", "BLOCK")}
+        monkeypatch.setattr(quantization, "native_kernels", lambda: SimpleNamespace(**emulated, **sharing))
+
+
+EMULATED = "quantized", "rows_of"
 RECIPES = {"float32": Recipe(), "power_of_two": Recipe("power_of_two")}
 every_scale = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
 ROWS, WIDTH = 300, 2 * 128 + 40
@@ -56,7 +69,7 @@ def _same_bits(found, codes: np.ndarray, scales: np.ndarray) -> None:
 def test_rows(recipe, width):
     x = _hard()[:, :width]
     wanted = reference.quantized(x, reference.cut(ROWS, 1), reference.cut(width), recipe.scales == "power_of_two")
-    found = jax.jit(quantized_rows, static_argnums=1)(x, recipe)
+    found = jax.jit(lambda x: quantized_rows(x, recipe))(x)
     _same_bits(found, *wanted)
     np.testing.assert_allclose(rows_of(found), reference.as_rows(x, recipe.scales == "power_of_two"), rtol=2**-24)
 
@@ -65,7 +78,7 @@ def test_rows(recipe, width):
 def test_blocks(recipe):
     x = _hard()
     wanted = reference.quantized(x, reference.cut(ROWS), reference.cut(WIDTH), recipe.scales == "power_of_two")
-    found = jax.jit(quantized_blocks, static_argnums=1)(x[None], recipe)
+    found = jax.jit(lambda x: quantized_blocks(x, recipe))(x[None])
     _same_bits(jax.tree.map(lambda leaf: leaf[0], found), *wanted)
     np.testing.assert_allclose(
         blocks_of(found)[0], reference.as_blocks(x, recipe.scales == "power_of_two"), rtol=2**-24

@@ -1,6 +1,7 @@
 """The TPU's products of FP8, emulated on a CPU, against numpy; and lowered for the TPUs that have them, on a mesh."""
 
 import functools
+import re
 from types import SimpleNamespace
 
 import jax
@@ -65,4 +66,7 @@ def test_it_is_chosen_and_lowered_for_a_mesh_of_tpus_that_multiply_fp8(kind, nat
     inputs = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in zip(shapes, types, strict=True)]
     text = step.trace(*inputs).lower(lowering_platforms=("tpu",)).as_text()
     calls = [line for line in text.splitlines() if "tpu_custom_call" in line]
-    assert len(calls) == 3 and all(("f8E4M3FN" in line) is native for line in calls)
+    products = [line for line in calls if re.search(r'"grouped_matmul', line)]
+    assert len(products) == 3 and all(("f8E4M3FN" in line) is native for line in products)
+    # Rows, gradients and matrices, and both of the former along the tokens.
+    assert len([line for line in calls if '"quantized"' in line]) == (5 if native else 0)
