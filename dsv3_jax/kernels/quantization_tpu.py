@@ -4,6 +4,7 @@ Left to XLA, a scale that 128 numbers beside each other share makes it turn whol
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from sharding.collectives import spread_alike
 
 ROW, COLUMN, BLOCK = (1,), (0,), (0, 1)
 """Which numbers of [128, 128] share a scale: along which dims."""
-MEMORY = 48 * 2**20
+PARAMETERS = pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=48 * 2**20)
 
 
 def quantized(
@@ -50,10 +51,13 @@ def quantized(
         grid=(tiles,),
         in_specs=[in_place, of_rows][: len(given)],
         out_specs=[in_place, of_rows if sharing == ROW else of_tiles],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=MEMORY),
+        compiler_params=PARAMETERS,
+        cost_estimate=_cost(*given, rows * columns + 4 * math.prod(shape)),
         interpret=interpret,
         name="quantized",
     )(*given)
+    # Put into a stack at once, codes would stop the compiler (libtpu 0.0.42): it takes two layouts of them for one.
+    codes, found = jax.lax.optimization_barrier((codes, found))
     found = found.reshape(-1, across)[:, : width if sharing == COLUMN else pl.cdiv(width, TILE)]
     return Scaled(codes[:count, :width], found)
 
@@ -91,11 +95,18 @@ def rows_of(scaled: Scaled, dtype: jnp.dtype, interpret: bool = False) -> Array:
         grid=(pl.cdiv(count, TILE),),
         in_specs=[in_place, pl.BlockSpec((TILE, columns // TILE), lambda tile: (tile, 0))],
         out_specs=in_place,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=MEMORY),
+        compiler_params=PARAMETERS,
+        cost_estimate=_cost(codes, scales, count * columns * jnp.dtype(dtype).itemsize),
         interpret=interpret,
         name="values_of_rows",
     )(codes, scales)
     return out[:, :width]
+
+
+def _cost(*moved: Array | int) -> pl.CostEstimate:
+    """No product of matrices; what is read, and the bytes that are written."""
+    bytes_ = sum(each if isinstance(each, int) else each.nbytes for each in moved)
+    return pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=bytes_)
 
 
 def _filled_up(x: Array, rows: int, columns: int) -> Array:

@@ -106,9 +106,7 @@ def encoded_matrices(parameter: nnx.Variable, summed_over: int, recipe: Recipe) 
         return x.reshape(_size(x.shape[:first]), _size(x.shape[first:split]), _size(x.shape[split:]))
 
     stored = stored_dim(axes)
-    # To a TPU gate beside up is another order of numbers than the parameter's. Without the barrier XLA puts all layers
-    # in that order before the loop over them, and so keeps every master twice.
-    without_gradient = flat(jax.lax.optimization_barrier(jax.lax.stop_gradient(shard)))
+    without_gradient = flat(jax.lax.stop_gradient(shard))
     if stored is None or not present(stored.axes):
         return Encoded(quantized_blocks(without_gradient, recipe), flat(shard))
     values = flat(gathered(shard, stored.dim, stored.axes, jnp.dtype(jnp.float32)))
