@@ -5,8 +5,9 @@ python -m benchmarks.float8_loss [--folder=runs/float8_loss] [--seeds=0,1,2] [--
 Trains `--config=tiny` once for each variant and seed, with any further options of train.py, and compares. A run that is
 done is not made again and one that was stopped goes on, so seeds and variants can be added one after the other; what is
 there of all variants is compared. As in the paper losses are smoothed, by an exponential moving average of 0.9, and the
-difference is relative: its mean over the second half of the steps, and its largest magnitude there. By how much float32
-differs is what any rounding does to a run as short as this one.
+difference is relative: its mean over the second half of the steps, and its largest magnitude there. What any rounding
+does to a run as short as this one is shown by float32, and by bf16-halves: the same gradient, summed over two halves of
+a batch.
 
 Writes FOLDER/float8_loss.csv, a line a variant and seed, and FOLDER/float8_loss.png.
 """
@@ -30,6 +31,7 @@ import matplotlib.pyplot as plt
 BASELINE = "bf16"
 VARIANTS = {
     BASELINE: ["--model.precision=bfloat16"],
+    "bf16-halves": ["--model.precision=bfloat16", "--training.microbatches=2"],
     "float32": ["--model.precision=float32"],
     "fp8": ["--model.precision=fp8"],
     "fp8-power-of-two": ["--model.precision=fp8", "--model.float8_scales=power_of_two"],
