@@ -124,7 +124,10 @@ class Pipeline:
         self._command(f"traces of {traces.of}", ["-m", "dsv3_jax.tasks", *options])
         if not path.read_text(encoding="utf-8"):
             path.unlink()
-            raise StageError(f"stage {traces.of} answered none of {problems} training problems: there are no traces")
+            right = "rightly and with its working" if traces.least_thinking else "rightly"
+            raise StageError(
+                f"stage {traces.of} answered none of {problems} training problems {right}: there are no traces"
+            )
 
     def _traces(self, traces: Traces) -> Path:
         return self._arguments.folder / f"{traces.name}.jsonl"

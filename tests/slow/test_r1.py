@@ -28,6 +28,9 @@ OPTIONS = [
     *EVERYWHERE,
     *(f"--{stage}.training.tokens={tokens}" for stage in CHATS for tokens in (200_000 if stage == "base" else 20_000,)),
     *(f"--{stage}.data.demonstrations=400" for stage in ("base", "student")),
+    # It always works a sum out: were answers alone likely enough, R1-Zero could leave no other right ones for traces.
+    "--base.data.answers_only=0",
+    "--base.data.formless=0.2",
     *(
         f"--{stage}.{option}"
         for stage in ROLLOUTS
