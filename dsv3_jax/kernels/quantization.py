@@ -29,6 +29,9 @@ LARGEST = 448.0
 """The largest float8_e4m3fn. The type has no infinity, and a cast does not saturate: above 464 it gives NaN."""
 SMALLEST_AMAX, SMALLEST_OF_GRADIENT = 1e-4, 2.0**-100
 
+FLOAT8_TPU = "TPU7x"
+"""The kind of the TPUs that multiply FP8 (`sharding.mesh.device_kind`)."""
+
 ScaleFormat = Literal["float32", "power_of_two"]
 Tiles = Literal["fine", "gradient_blocks", "tensor"]
 
@@ -58,13 +61,16 @@ class TokenTiles(NamedTuple):
     """int32. Rows that are in no group have the last tile, which is no group's."""
     row_TR: Array
     """int32 [T, 128], the rows of each tile; M where it has no more."""
-    one_group: bool
-    """No row has to be moved to be in its tile's place."""
+
+    @property
+    def one_group(self) -> bool:
+        """No row has to be moved to be in its tile's place: rows of one group begin with the first."""
+        return len(self.row_TR) == -(-len(self.tile_of_row_M) // TILE) + 1
 
 
 def native_kernels() -> ModuleType | None:
-    """Kernels for the device that is compiled for, of the TPUs that multiply FP8; None: XLA does as well."""
-    if device_kind() != "TPU7x":
+    """Kernels that make codes on the device that is compiled for; None: XLA does as well."""
+    if device_kind() != FLOAT8_TPU:
         return None
     from dsv3_jax.kernels import quantization_tpu  # Pallas takes a second to import
 
@@ -86,7 +92,7 @@ def token_tiles(group_sizes_E: Array, rows: int) -> TokenTiles:
     row_TR = jnp.where(is_tile_T[:, None] & (row_TR < stop_E[group_T][:, None]), row_TR, rows)
     begins_M = jnp.zeros(rows, jnp.int32).at[jnp.where(is_tile_T, start_T, rows)].add(1, mode="drop")
     tile_of_row_M = jnp.where(jnp.arange(rows) < stop_E[-1], jnp.cumsum(begins_M) - 1, count - 1)
-    return TokenTiles(tile_of_row_M.astype(jnp.int32), row_TR.astype(jnp.int32), groups == 1)
+    return TokenTiles(tile_of_row_M.astype(jnp.int32), row_TR.astype(jnp.int32))
 
 
 def in_whole_tiles(group_sizes_E: Array) -> Array:
@@ -177,12 +183,13 @@ def quantized_columns(x: Array | Scaled, recipe: Recipe, tiles: TokenTiles, *, g
     """
     x = _in_tiles(x, tiles)
     smallest = SMALLEST_OF_GRADIENT if gradient else SMALLEST_AMAX
-    if (kernels := native_kernels()) and (recipe.tiles == "fine" or recipe.tiles == "gradient_blocks" and not gradient):
+    in_blocks = gradient and recipe.tiles == "gradient_blocks"
+    if (kernels := native_kernels()) and recipe.tiles != "tensor" and not in_blocks:
         return kernels.quantized(x, kernels.COLUMN, recipe.scales, smallest)
     x_MF = rows_of(x) if isinstance(x, Scaled) else x
     x_TRF = x_MF.reshape(-1, TILE, x_MF.shape[1])
     amax_TF = _pooled(largest_of(x_TRF, 1), recipe)
-    if recipe.tiles == "gradient_blocks" and gradient:
+    if in_blocks:
         amax_TF = jnp.repeat(largest_of(_tiled(amax_TF, -1), -1), TILE, axis=-1)[:, : amax_TF.shape[1]]
     scales_TF = scales_of(amax_TF, recipe.scales, smallest=smallest)
     codes_TRF = codes_with(x_TRF.astype(jnp.float32), scales_TF[:, None])
@@ -251,7 +258,6 @@ def _taken(x_MF: Array, tiles: TokenTiles) -> Array:
     """[T, 128, F], 0 where a tile has no row."""
     if not tiles.one_group:
         return jnp.take(x_MF, tiles.row_TR, axis=0, mode="fill", fill_value=0)
-    # They are in their places: rows of one group begin with the first.
     (tiles_, rows), (count, width) = tiles.row_TR.shape, x_MF.shape
     x_TRF = jnp.pad(x_MF, [(0, tiles_ * rows - count), (0, 0)]).reshape(tiles_, rows, width)
     return jnp.where((tiles.row_TR < count)[:, :, None], x_TRF, jnp.zeros((), x_MF.dtype))

@@ -34,7 +34,8 @@ def quantized(
     count, width = given[0].shape
     # Rows of whole tiles where they share a scale: what is read beyond the last one is anything.
     missing = -count % TILE if 0 in sharing else 0
-    given = [_filled_up(each, missing, more) for each, more in zip(given, (-width % TILE, 0), strict=False)]
+    given[0] = jnp.pad(given[0], [(0, 0), (0, -width % TILE)])
+    given = [jnp.pad(each, [(0, missing), (0, 0)]) for each in given]
     (rows, columns), tiles = given[0].shape, pl.cdiv(count, TILE)
     vary = jax.typeof(given[0]).mat
     in_place = pl.BlockSpec((TILE, columns), lambda tile: (tile, 0))
@@ -80,7 +81,7 @@ def rows_of(scaled: Scaled, dtype: jnp.dtype, interpret: bool = False) -> Array:
     """Numbers [M, F] of codes [M, F] with a scale for 128 of a row."""
     codes, scales = spread_alike(*scaled)
     count, width = codes.shape
-    codes = _filled_up(codes, 0, -width % TILE)
+    codes = jnp.pad(codes, [(0, 0), (0, -width % TILE)])
     columns = codes.shape[1]
     in_place = pl.BlockSpec((TILE, columns), lambda tile: (tile, 0))
 
@@ -107,7 +108,3 @@ def _cost(*moved: Array | int) -> pl.CostEstimate:
     """No product of matrices; what is read, and the bytes that are written."""
     bytes_ = sum(each if isinstance(each, int) else each.nbytes for each in moved)
     return pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=bytes_)
-
-
-def _filled_up(x: Array, rows: int, columns: int) -> Array:
-    return jnp.pad(x, [(0, rows), (0, columns)])

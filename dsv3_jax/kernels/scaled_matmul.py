@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from dsv3_jax.kernels.grouped_matmul import grouped_gradient_of_weights, grouped_matmul
-from dsv3_jax.kernels.quantization import Scaled, blocks_of, columns_of, in_whole_tiles, rows_of
+from dsv3_jax.kernels.quantization import FLOAT8_TPU, Scaled, blocks_of, columns_of, in_whole_tiles, rows_of
 from sharding.mesh import device_kind, platform
 
 
@@ -23,7 +23,7 @@ def multiplies_float8(kind: str) -> bool:
     XLA compiles products of float8_e4m3fn for any device, and where there are none in hardware lets it multiply another
     type, unasked. So it takes a name here: TPUs of the seventh generation; GPUs of Hopper, whose kernel needs theirs.
     """
-    return kind == "TPU7x" or re.match(r"NVIDIA (GH200|H\d+)\b", kind) is not None
+    return kind == FLOAT8_TPU or re.match(r"NVIDIA (GH200|H\d+)\b", kind) is not None
 
 
 def native_kernels() -> ModuleType | None:

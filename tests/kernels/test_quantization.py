@@ -23,6 +23,13 @@ from dsv3_jax.kernels.quantization import (
 )
 from tests.reference import float8 as reference
 
+EMULATED = "quantized", "rows_of"
+RECIPES = {"float32": Recipe(), "power_of_two": Recipe("power_of_two")}
+every_scale = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
+ROWS, WIDTH = 300, 2 * 128 + 40
+SIZES = [0, 5, 0, 130, 128, 0, 20]
+"""Groups; 17 rows are in none."""
+
 
 @pytest.fixture(params=["xla", "tpu"], autouse=True)
 def kernels(request, monkeypatch):
@@ -31,14 +38,6 @@ def kernels(request, monkeypatch):
         emulated = {name: functools.partial(getattr(quantization_tpu, name), interpret=True) for name in EMULATED}
         sharing = {name: getattr(quantization_tpu, name) for name in ("ROW", "COLUMN", "BLOCK")}
         monkeypatch.setattr(quantization, "native_kernels", lambda: SimpleNamespace(**emulated, **sharing))
-
-
-EMULATED = "quantized", "rows_of"
-RECIPES = {"float32": Recipe(), "power_of_two": Recipe("power_of_two")}
-every_scale = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
-ROWS, WIDTH = 300, 2 * 128 + 40
-SIZES = [0, 5, 0, 130, 128, 0, 20]
-"""Groups; 17 rows are in none."""
 
 
 def _hard() -> np.ndarray:
@@ -88,11 +87,11 @@ def test_blocks(recipe):
 @every_scale
 def test_trap_F7_columns_end_with_their_group_and_rows_in_no_group_have_no_part(recipe):
     x = _hard()
-    tiles = token_tiles(jnp.array(SIZES, jnp.int32), ROWS)
+    tiles = jax.jit(token_tiles, static_argnums=1)(jnp.array(SIZES, jnp.int32), ROWS)
     slices = reference.group_tiles(SIZES)
     codes, scales = reference.quantized(x, slices, reference.cut(WIDTH, 1), recipe.scales == "power_of_two")
     x[sum(SIZES) :] = np.nan
-    found = jax.jit(lambda x: quantized_columns(x, recipe, tiles))(x)
+    found = jax.jit(lambda x, tiles: quantized_columns(x, recipe, tiles))(x, tiles)
     assert len(found.scales) == -(-ROWS // 128) + len(SIZES) and len(found.codes) == 128 * len(found.scales)
     place_M = np.concatenate([128 * tile + np.arange(rows.stop - rows.start) for tile, rows in enumerate(slices)])
     _same_bits(Scaled(found.codes[place_M], found.scales[: len(slices)]), codes[: sum(SIZES)], scales)

@@ -30,7 +30,7 @@ from tests.reference.weights import random_weights
 
 # A row of 128 tokens: whichever rows a device has, its tiles of tokens are those of one device. A width that is cut
 # into eighths within blocks, and has a short last tile; heads and hidden widths of whole tiles on two devices.
-ROWS, SEQUENCE = 8, 128
+ROWS, SEQUENCE, BATCHES = 8, 128, 4
 MODEL = dataclasses.replace(
     TINY, precision="fp8", vocabulary=64, width=136, dense_ffn_width=256, heads=4, query_latent=16, nope_head_dim=64,
     rope_head_dim=64, value_head_dim=64, expert_ffn_width=256, initializer_std=0.08, dispatch_factor=1.0,
@@ -52,9 +52,11 @@ AS_ALONE = ("data 8", "expert 8")
 # it begins there: docs/float8.md.
 SAME_TOKENS = 0.05
 # Parts of a sum, each rounded to bfloat16, let it begin with the first block. What is left to hold is that a mesh is as
-# far from float32 as one device (21% of all gradients), one parameter about so, a gain of few numbers even less; and
-# that it errs in no direction: a device's share that is lost or counted twice would be an eighth.
-ALL, MATRIX, GAIN, ALONG = 1.1, 1.3, 1.5, 0.08
+# far from float32 as one device (22% of all gradients), a matrix and a gain of few numbers about so, over several
+# batches; and that it errs in no direction: a device's share that is lost or counted twice would be an eighth.
+ALL, MATRIX, GAIN, ALONG = 1.05, 1.1, 1.2, 0.06
+# Of one gain, 16 numbers, over four pieces of a row: 0.064 was found.
+ALONG_OF_FEW = 0.08
 # FP8's loss is within 0.1% of float32's; of two in FP8 each may be so far, on either side.
 LOSS = 2e-3
 
@@ -85,18 +87,19 @@ def _weights() -> tuple[Tree, Tree]:
 
 
 @functools.cache
-def _batch() -> Batch:
-    """One row that is half padding, one of two documents, one that is nothing but padding."""
+def _batches() -> list[Batch]:
+    """In each one row that is half padding, one of two documents, one that is nothing but padding."""
     random = np.random.default_rng(0)
     places = np.broadcast_to(np.arange(SEQUENCE + 1, dtype=np.int32), (ROWS, SEQUENCE + 1))
     segments = np.ones_like(places)
     segments[1, 70:], segments[2, 45:], segments[5] = 0, 2, 0
-    return Batch(random.integers(0, MODEL.vocabulary, places.shape).astype(np.int32), segments, places)
+    tokens = random.integers(0, MODEL.vocabulary, (BATCHES, *places.shape)).astype(np.int32)
+    return [Batch(of_batch, segments, places) for of_batch in tokens]
 
 
 @functools.cache
-def _recorded_BSLK() -> np.ndarray:
-    """Where one device in float32 sends each token."""
+def _recorded_BSLK() -> list[np.ndarray]:
+    """Where one device in float32 sends each token of each batch."""
     skeleton = skeleton_of(dataclasses.replace(MODEL, precision="float32"))
 
     def record(parameters: Tree, router_bias: Tree, batch: Batch) -> Array:
@@ -104,13 +107,13 @@ def _recorded_BSLK() -> np.ndarray:
         model = put_together(skeleton, parameters, router_bias)
         return model.hidden_states(tokens_BS, positions_BS, segments_BS)[1].experts_BSK
 
-    experts_LBSK = jax.jit(record, compiler_options=EVERY_ROUNDING)(*_weights(), _batch())
-    return np.moveaxis(np.asarray(experts_LBSK), 0, 2)
+    compiled = jax.jit(record, compiler_options=EVERY_ROUNDING)
+    return [np.moveaxis(np.asarray(compiled(*_weights(), batch)), 0, 2) for batch in _batches()]
 
 
 @functools.cache
 def _learnt(*sizes: tuple[str, int], precision: str = "fp8") -> tuple[Tree, tuple[Losses, list[np.ndarray]]]:
-    """Gradients, losses and loads, as a training step takes them."""
+    """Gradients, losses and loads of every batch, one beside the other, as a training step takes them."""
     model = dataclasses.replace(MODEL, precision=precision)
     skeleton = skeleton_of(model)
     mesh = _mesh(dict(sizes), model, skeleton)
@@ -128,7 +131,9 @@ def _learnt(*sizes: tuple[str, int], precision: str = "fp8") -> tuple[Tree, tupl
 
     specs, rows = parameter_specs(skeleton, mesh), row_spec(mesh)
     compute = on_mesh(of_device, mesh, (*specs, rows, rows), (specs[0], PartitionSpec()))
-    return jax.device_get(jax.jit(compute, compiler_options=EVERY_ROUNDING)(*_weights(), _batch(), _recorded_BSLK()))
+    compiled = jax.jit(compute, compiler_options=EVERY_ROUNDING)
+    found = [jax.device_get(compiled(*_weights(), *given)) for given in zip(_batches(), _recorded_BSLK(), strict=True)]
+    return jax.tree.map(lambda *of_batches: np.stack(of_batches), *found)
 
 
 def _mesh(sizes: dict[str, int], model: ModelConfig, skeleton: Skeleton) -> Mesh:
@@ -182,4 +187,5 @@ def test_gradients_are_as_far_from_float32_as_those_of_one_device(layout):
     for name, found in gradients.items():
         factor = GAIN if name.endswith("gain") else MATRIX
         assert _distance(found, exact[name]) < factor * _distance(alone[name], exact[name]), name
-        assert abs(np.vdot(found, alone[name]) / np.vdot(alone[name], alone[name]) - 1) < ALONG, name
+        along = ALONG_OF_FEW if name.endswith("gain") and layout == "context 4, data 2" else ALONG
+        assert abs(np.vdot(found, alone[name]) / np.vdot(alone[name], alone[name]) - 1) < along, name

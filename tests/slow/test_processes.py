@@ -80,6 +80,14 @@ def _numbers(workdir: Path) -> dict[str, np.ndarray]:
     return {name: np.array([step[name] for step in steps], float) for name in names}
 
 
+def _assert_as_one(alone: Path, together: Path) -> None:
+    """A run of one process, and one of several, in every number."""
+    wanted, found = _numbers(alone), _numbers(together)
+    assert wanted.keys() == found.keys() and len(wanted["loss"]) == 12
+    for name, values in wanted.items():
+        np.testing.assert_allclose(found[name], values, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
 @pytest.fixture(scope="module")
 def together(start, tmp_path_factory) -> Path:
     """A run of two processes, to its end."""
@@ -90,10 +98,7 @@ def together(start, tmp_path_factory) -> Path:
 
 def test_two_processes_train_as_one(start, together, tmp_path):
     _ended(start(tmp_path / "run", 1), 0)
-    alone, found = _numbers(tmp_path / "run"), _numbers(together)
-    assert alone.keys() == found.keys() and len(alone["loss"]) == 12
-    for name, values in alone.items():
-        np.testing.assert_allclose(found[name], values, rtol=1e-5, atol=1e-6, err_msg=name)
+    _assert_as_one(tmp_path / "run", together)
     # Process 0 alone writes what a run has one of.
     assert (together / "summary.json").exists() and (together / "loss.png").exists()
 
@@ -102,9 +107,7 @@ def test_two_processes_train_in_fp8_as_one(start, tmp_path):
     fp8 = "--model.precision=fp8"
     _ended(start(tmp_path / "alone", 1, fp8), 0)
     _ended(start(tmp_path / "together", 2, fp8), 0, 0)
-    alone, found = _numbers(tmp_path / "alone"), _numbers(tmp_path / "together")
-    for name, values in alone.items():
-        np.testing.assert_allclose(found[name], values, rtol=1e-5, atol=1e-6, err_msg=name)
+    _assert_as_one(tmp_path / "alone", tmp_path / "together")
 
 
 def test_when_one_dies_the_other_stops_at_once_and_the_run_goes_on_from_its_checkpoint(start, together, tmp_path):
