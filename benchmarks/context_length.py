@@ -19,11 +19,11 @@ from flax import nnx
 
 from benchmarks.machine import machine_rates
 from dsv3_jax.command_line import load_config
-from dsv3_jax.config import ModelConfig
 from dsv3_jax.data.tokenizer import special_tokens, train_tokenizer
 from dsv3_jax.inference.generation import Generator
 from dsv3_jax.inference.sampling import Sampling
 from dsv3_jax.model.transformer import Transformer
+from dsv3_jax.model_config import ModelConfig
 from dsv3_jax.runtime import set_up_compiler
 from dsv3_jax.training.flops import parameter_counts
 

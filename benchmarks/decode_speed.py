@@ -27,7 +27,6 @@ from benchmarks import transformers_baseline as baseline
 from benchmarks.interleaved import interleaved, ratio
 from benchmarks.machine import MachineRates, machine_rates
 from dsv3_jax.command_line import load_config
-from dsv3_jax.config import ModelConfig
 from dsv3_jax.data.tokenizer import special_tokens, train_tokenizer
 from dsv3_jax.inference.generation import Generator, cache_bucket
 from dsv3_jax.inference.sampling import Sampling
@@ -36,6 +35,7 @@ from dsv3_jax.model.attention import MultiHeadLatentAttention
 from dsv3_jax.model.layers import FeedForward
 from dsv3_jax.model.moe import MixtureOfExperts
 from dsv3_jax.model.transformer import Transformer
+from dsv3_jax.model_config import ModelConfig
 from dsv3_jax.runtime import set_up_compiler, use_one_thread
 from dsv3_jax.training.flops import forward_flops, parameter_counts
 

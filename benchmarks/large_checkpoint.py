@@ -17,7 +17,6 @@ import numpy as np
 import tyro
 
 from configs.v3_671b import config as v3
-from dsv3_jax.config import ModelConfig
 from dsv3_jax.convert.directory import INDEX
 from dsv3_jax.convert.hf_config_export import hugging_face_config
 from dsv3_jax.convert.inventory import FP8
@@ -26,6 +25,7 @@ from dsv3_jax.convert.safetensors_file import SafetensorsWriter
 from dsv3_jax.convert.safetensors_header import DTYPES
 from dsv3_jax.convert.sources import Index, StoredForm
 from dsv3_jax.convert.tensors import Leaf, Part, leaves_of
+from dsv3_jax.model_config import ModelConfig
 
 BLOCK_BYTES = 16 * 2**20
 SHARD_BYTES = 4 * 10**9  # the median of the released files

@@ -15,7 +15,7 @@ import torch
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from dsv3_jax.command_line import load_config
-from dsv3_jax.config import ModelConfig
+from dsv3_jax.model_config import ModelConfig
 
 IMPLEMENTATIONS = ("default", "eager", "grouped_mm", "batched_mm")
 PRECISIONS = (torch.float32, torch.bfloat16)

@@ -3,7 +3,8 @@
 python train.py --config=small
 """
 
-from dsv3_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from dsv3_jax.config import Config, DataConfig, OptimizerConfig, TrainingConfig
+from dsv3_jax.model_config import ModelConfig
 
 config = Config(
     model=ModelConfig(

@@ -5,7 +5,8 @@ Hardware: any laptop CPU; about two minutes on two cores. Expected: 1.6 bits per
 needs 1.9 and xz -9 1.5; with --training.tokens=2_048_000, under what xz needs.
 """
 
-from dsv3_jax.config import Config, DataConfig, LossConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from dsv3_jax.config import Config, DataConfig, LossConfig, OptimizerConfig, TrainingConfig
+from dsv3_jax.model_config import ModelConfig
 
 config = Config(
     model=ModelConfig(

@@ -6,7 +6,8 @@ them: 70% are an answer alone, half are in no particular form. So is what it say
 four are right, of the rest few. tiny_grpo makes it work out all, in R1's form, with fewer mistakes.
 """
 
-from dsv3_jax.config import Config, DataConfig, LossConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from dsv3_jax.config import Config, DataConfig, LossConfig, OptimizerConfig, TrainingConfig
+from dsv3_jax.model_config import ModelConfig
 from dsv3_jax.task_config import TaskConfig
 
 config = Config(

@@ -7,7 +7,8 @@ V2 balanced with expert, device and communication losses; here the sequence-wise
 weight.
 """
 
-from dsv3_jax.config import Config, DataConfig, LossConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from dsv3_jax.config import Config, DataConfig, LossConfig, OptimizerConfig, TrainingConfig
+from dsv3_jax.model_config import ModelConfig
 
 config = Config(
     model=ModelConfig(

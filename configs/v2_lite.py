@@ -6,7 +6,8 @@ yarn_factor=40, mscale 0.707. V2-Lite steps its learning rate down by 0.316 at 8
 the V3 shape.
 """
 
-from dsv3_jax.config import Config, DataConfig, LossConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from dsv3_jax.config import Config, DataConfig, LossConfig, OptimizerConfig, TrainingConfig
+from dsv3_jax.model_config import ModelConfig
 
 config = Config(
     model=ModelConfig(

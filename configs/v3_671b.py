@@ -5,7 +5,8 @@ Hardware: a pod. Pre-training at 4096 tokens with plain RoPE; YaRN factor 40 fro
 The paper raises the batch from 3072 to 15360 rows over the first 469B tokens; this config starts at the final size.
 """
 
-from dsv3_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from dsv3_jax.config import Config, DataConfig, OptimizerConfig, TrainingConfig
+from dsv3_jax.model_config import ModelConfig
 
 config = Config(
     model=ModelConfig(

@@ -1,14 +1,7 @@
 """What a configuration may not say: each refusal names the field, its value and what would be right."""
 
-from dsv3_jax.config import (
-    Config,
-    ConfigError,
-    DataConfig,
-    LossConfig,
-    ModelConfig,
-    OptimizerConfig,
-    TrainingConfig,
-)
+from dsv3_jax.config import Config, ConfigError, DataConfig, LossConfig, OptimizerConfig, TrainingConfig
+from dsv3_jax.model_config import ModelConfig
 from dsv3_jax.task_config import TaskConfig
 
 

@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from dsv3_jax.config import ModelConfig
+from dsv3_jax.model_config import ModelConfig
 
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 # Active parameters of a model up to which one thread infers faster than several.

@@ -9,7 +9,7 @@ import jax
 import pytest
 from jax.sharding import Mesh
 
-from dsv3_jax.config import ModelConfig
+from dsv3_jax.model_config import ModelConfig
 from dsv3_jax.runtime import use_multi_output_fusion
 from sharding.mesh import axis_sizes, make_mesh
 

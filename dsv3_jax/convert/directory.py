@@ -5,10 +5,10 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dsv3_jax.config import ModelConfig
 from dsv3_jax.convert.errors import ConversionError
 from dsv3_jax.convert.hf_config import Quantization, model_config, quantization, read_config
 from dsv3_jax.convert.safetensors_header import TensorInfo, read_header
+from dsv3_jax.model_config import ModelConfig
 
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")

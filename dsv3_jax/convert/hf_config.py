@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsv3_jax.config import ConfigError, ModelConfig
+from dsv3_jax.config import ConfigError
 from dsv3_jax.config_checks import check_model
 from dsv3_jax.convert.hf_config_export import hugging_face_config
 from dsv3_jax.convert.hf_fields import (
@@ -24,6 +24,7 @@ from dsv3_jax.convert.hf_fields import (
     ScaleFormat,
 )
 from dsv3_jax.convert.hf_rope import rope_fields
+from dsv3_jax.model_config import ModelConfig
 
 __all__ = [
     "HuggingFaceConfigError",

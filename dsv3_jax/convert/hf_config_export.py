@@ -2,7 +2,6 @@
 
 from typing import Any, Literal
 
-from dsv3_jax.config import ModelConfig
 from dsv3_jax.convert.hf_fields import (
     BLOCK,
     LATENT_NORM_EPSILON,
@@ -13,6 +12,7 @@ from dsv3_jax.convert.hf_fields import (
     ScaleFormat,
 )
 from dsv3_jax.convert.hf_rope import hugging_face_rope
+from dsv3_jax.model_config import ModelConfig
 
 DTypeName = Literal["bfloat16", "float32", "float16"]
 

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from dsv3_jax.config import ModelConfig
 from dsv3_jax.convert.hf_fields import Fields, HuggingFaceConfigError
+from dsv3_jax.model_config import ModelConfig
 
 _PLAIN_NAMES = {"type", "rope_type", "rope_theta", "partial_rotary_factor"}
 _YARN_NAMES = _PLAIN_NAMES | {

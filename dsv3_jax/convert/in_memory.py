@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from dsv3_jax.config import ModelConfig
 from dsv3_jax.convert.directory import HuggingFaceDirectory
 from dsv3_jax.convert.exporting import exported_tensors
 from dsv3_jax.convert.hf_config import model_config, quantization
@@ -19,6 +18,7 @@ from dsv3_jax.convert.sources import TYPE_NAMES, ArrayTensors, DirectoryTensors
 from dsv3_jax.convert.tensors import leaves_of
 from dsv3_jax.model.functional import abstract_trees, put_together, skeleton_of, take_apart
 from dsv3_jax.model.transformer import Transformer
+from dsv3_jax.model_config import ModelConfig
 
 MEMORY = Path("memory")
 

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from dsv3_jax.config import ModelConfig
 from dsv3_jax.convert.directory import HuggingFaceDirectory, is_hugging_face, open_directory
 from dsv3_jax.convert.importing import bytes_of
 from dsv3_jax.convert.inventory import SCALE, Inventory, take_inventory
@@ -16,6 +15,7 @@ from dsv3_jax.convert.projection import in_words, memory
 from dsv3_jax.convert.safetensors_header import DTYPES
 from dsv3_jax.convert.sources import TensorSource
 from dsv3_jax.convert.tensors import Leaf, leaves_of
+from dsv3_jax.model_config import ModelConfig
 
 SHOWN = 10
 """Names of missing or left-over tensors that are shown, of each kind."""

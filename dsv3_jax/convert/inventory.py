@@ -8,12 +8,12 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from dsv3_jax.config import ModelConfig
 from dsv3_jax.convert.directory import HuggingFaceDirectory, open_directory
 from dsv3_jax.convert.errors import ConversionError
 from dsv3_jax.convert.fp8_blocks import BLOCK, decoded_scales, scale_shape
 from dsv3_jax.convert.safetensors_header import TensorInfo
 from dsv3_jax.convert.tensors import Leaf, copies_of, leaves_of
+from dsv3_jax.model_config import ModelConfig
 
 FP8 = "F8_E4M3"
 FLOATS = ("F32", "BF16", "F16")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from dsv3_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from dsv3_jax.config import Config, DataConfig, OptimizerConfig, TrainingConfig
 from dsv3_jax.config_checks import check
 from dsv3_jax.convert.directory import HuggingFaceDirectory, is_hugging_face
 from dsv3_jax.convert.inventory import Inventory, check_values, opened_inventory
@@ -16,6 +16,7 @@ from dsv3_jax.convert.parameters import Tree, read_parameters
 from dsv3_jax.convert.safetensors_file import SafetensorsReader
 from dsv3_jax.convert.sources import DirectoryTensors, StoredForm, TensorSource, saved_tensors
 from dsv3_jax.model.float8 import Float8Blocks
+from dsv3_jax.model_config import ModelConfig
 from dsv3_jax.training.checkpoint import open_checkpoint, restore_part
 from dsv3_jax.training.progress import note
 

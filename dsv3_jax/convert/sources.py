@@ -13,12 +13,12 @@ import ml_dtypes
 import numpy as np
 import tensorstore
 
-from dsv3_jax.config import ModelConfig
 from dsv3_jax.convert.errors import ConversionError
 from dsv3_jax.convert.fp8_blocks import decoded_scales, dequantized, requantized, scale_shape
 from dsv3_jax.convert.inventory import FP8, Inventory, Reader, read_rows
 from dsv3_jax.convert.safetensors_header import DTYPES
 from dsv3_jax.convert.tensors import Leaf, Part, leaves_of
+from dsv3_jax.model_config import ModelConfig
 
 Index = tuple[int, ...]
 # Chunks that were read in part and are read on with the next blocks: those of a trained checkpoint lie across tensors,

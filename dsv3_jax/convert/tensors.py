@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import jax
 
-from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.functional import abstract_trees, skeleton_of
+from dsv3_jax.model_config import ModelConfig
 
 GATE_AND_UP = ("gate", "up")
 

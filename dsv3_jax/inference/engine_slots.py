@@ -8,13 +8,13 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from dsv3_jax.config import ModelConfig
 from dsv3_jax.inference.decoding import Rows
 from dsv3_jax.inference.penalties import History
 from dsv3_jax.inference.sampling import Sampling, SamplingInputs
 from dsv3_jax.inference.speculation import Drafts
 from dsv3_jax.model.cache import Latents, PagedLatents
 from dsv3_jax.model.transformer import Cache
+from dsv3_jax.model_config import ModelConfig
 
 
 class Slots(NamedTuple):

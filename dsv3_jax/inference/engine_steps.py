@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh
 
-from dsv3_jax.config import ModelConfig
 from dsv3_jax.inference.decoding import LONGEST_CHUNK, Rows, Vocabulary, known_logits, next_tokens, with_drafts
 from dsv3_jax.inference.engine_slots import (
     Asked,
@@ -31,6 +30,7 @@ from dsv3_jax.inference.requests import MOST_LOGPROBS
 from dsv3_jax.inference.sampling import choose_tokens, log_probabilities
 from dsv3_jax.model.cache import NOWHERE
 from dsv3_jax.model.transformer import Transformer
+from dsv3_jax.model_config import ModelConfig
 from sharding.collectives import anywhere, spread_like, summed
 from sharding.mesh import ROW_AXES
 

@@ -20,7 +20,6 @@ import numpy as np
 from jax import Array
 from tokenizers import Tokenizer
 
-from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import UserError
 from dsv3_jax.inference.decoding import LONGEST_CHUNK, Made, Rows, Vocabulary, compiled
 from dsv3_jax.inference.penalties import History
@@ -29,6 +28,7 @@ from dsv3_jax.inference.prefilling import compiled_pieces, prefill_by_pieces
 from dsv3_jax.inference.sampling import Sampling, SamplingInputs
 from dsv3_jax.inference.weights import ready_to_decode
 from dsv3_jax.model.transformer import Transformer
+from dsv3_jax.model_config import ModelConfig
 
 # Tokens a call: more and more of them, so that the call's own time is lost among theirs, as long as text still flows.
 FIRST_CHUNK = 8

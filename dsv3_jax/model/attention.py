@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from dsv3_jax.config import ModelConfig
 from dsv3_jax.kernels.attention import absorbed_attention, causal_attention
 from dsv3_jax.kernels.context_attention import context_attention
 from dsv3_jax.kernels.long_attention import is_long, long_absorbed_attention
@@ -18,6 +17,7 @@ from dsv3_jax.model import float8_training
 from dsv3_jax.model.cache import Latents, block_multiple, cache_length, read, read_block
 from dsv3_jax.model.layers import RMSNorm, contract, kept, multiplied, parameter, whole
 from dsv3_jax.model.rope import Rotation, rotate, softmax_scale
+from dsv3_jax.model_config import ModelConfig
 from sharding.collectives import axis_size, summed
 from sharding.context import CONTEXT_AXES, context_whole
 from sharding.rules import TENSOR_AXES

@@ -3,13 +3,13 @@
 from flax import nnx
 from jax import Array
 
-from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.attention import MultiHeadLatentAttention
 from dsv3_jax.model.cache import Latents, write
 from dsv3_jax.model.layers import FeedForward, RMSNorm, kept
 from dsv3_jax.model.moe import MixtureOfExperts, RouterStatistics
 from dsv3_jax.model.rope import Rotation
 from dsv3_jax.model.router import Routing
+from dsv3_jax.model_config import ModelConfig
 from sharding.collectives import summed
 from sharding.rules import TENSOR_AXES
 

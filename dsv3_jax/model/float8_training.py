@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from dsv3_jax.config import ModelConfig
 from dsv3_jax.kernels.float8_linear import product, product_of_swiglu
 from dsv3_jax.kernels.float8_rows import packed_rows, unpacked_rows, values_of_rows
 from dsv3_jax.kernels.quantization import (
@@ -28,6 +27,7 @@ from dsv3_jax.kernels.quantization import (
     tile_amax,
 )
 from dsv3_jax.kernels.weighted_swiglu import weighted_swiglu
+from dsv3_jax.model_config import ModelConfig
 from sharding.collectives import axis_index, gathered, present
 from sharding.encoded import Encoded
 from sharding.exchange import Wire

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.float8 import Float8Blocks, blocks_of
 from dsv3_jax.model.layers import RouterBias
 from dsv3_jax.model.transformer import Transformer
+from dsv3_jax.model_config import ModelConfig
 from sharding.rules import RUNNING, partition_specs
 
 Tree = dict[str, Any]

@@ -10,12 +10,12 @@ from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from dsv3_jax.config import ModelConfig
 from dsv3_jax.kernels import attention
 from dsv3_jax.kernels.float8_linear import SWIGLU_INPUT
 from dsv3_jax.kernels.float8_matmul import float8_matmul
 from dsv3_jax.model import float8_training
 from dsv3_jax.model.float8 import Float8Blocks
+from dsv3_jax.model_config import ModelConfig
 from sharding.collectives import gathered, present
 from sharding.mesh import platform
 from sharding.rules import stored_dim

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from dsv3_jax.config import ModelConfig
 from dsv3_jax.kernels.float8_matmul import float8_matmul
 from dsv3_jax.kernels.grouped_matmul import grouped_matmul
 from dsv3_jax.kernels.weighted_swiglu import weighted_swiglu
@@ -16,6 +15,7 @@ from dsv3_jax.model import float8_training
 from dsv3_jax.model.float8 import Float8Blocks
 from dsv3_jax.model.layers import FeedForward, contract, held, kept, parameter
 from dsv3_jax.model.router import Router, Routing, balance_loss, expert_load
+from dsv3_jax.model_config import ModelConfig
 from sharding.collectives import axis_size, spread, spread_like
 from sharding.dispatch import Routes, through_experts
 from sharding.mesh import platform

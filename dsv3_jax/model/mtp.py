@@ -5,13 +5,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from dsv3_jax.config import ModelConfig
 from dsv3_jax.model import float8_training
 from dsv3_jax.model.block import Block
 from dsv3_jax.model.cache import Latents
 from dsv3_jax.model.layers import RMSNorm, contract, kept, parameter, recomputed, whole
 from dsv3_jax.model.moe import RouterStatistics
 from dsv3_jax.model.rope import Rotation
+from dsv3_jax.model_config import ModelConfig
 
 
 class MultiTokenPrediction(nnx.Module):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from dsv3_jax.config import ModelConfig
+from dsv3_jax.model_config import ModelConfig
 
 # A rotation: cos and sin, float32 [B or 1, S, R/2].
 Rotation = tuple[Array, Array]

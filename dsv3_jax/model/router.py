@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.layers import RouterBias, contract, parameter, whole
+from dsv3_jax.model_config import ModelConfig
 from sharding.collectives import summed
 from sharding.context import CONTEXT_AXES
 

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from dsv3_jax.config import ModelConfig
 from dsv3_jax.config_checks import check_model
 from dsv3_jax.model.block import Block
 from dsv3_jax.model.cache import Latents, PagedLatents
@@ -27,6 +26,7 @@ from dsv3_jax.model.layers import RMSNorm, RouterBias, contract, parameter, scan
 from dsv3_jax.model.moe import MixtureOfExperts, RouterStatistics
 from dsv3_jax.model.mtp import MultiTokenPrediction
 from dsv3_jax.model.rope import rotation
+from dsv3_jax.model_config import ModelConfig
 from sharding.collectives import axis_index, axis_size, looked_up, summed
 from sharding.context import CONTEXT_AXES, context_part
 from sharding.rules import TENSOR_AXES, stored_dim

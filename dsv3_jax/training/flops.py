@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv3_jax.config import ModelConfig
+from dsv3_jax.model_config import ModelConfig
 
 SECONDS_A_SHAPE = 0.03
 LEAST_REPEATS = 5

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.layers import whole
 from dsv3_jax.model.transformer import Transformer
+from dsv3_jax.model_config import ModelConfig
 from dsv3_jax.training.cross_entropy import cross_entropy
 from dsv3_jax.training.distillation import teacher_loss
 from sharding.context import context_part

@@ -6,8 +6,8 @@ import jax
 import pytest
 from flax import nnx
 
-from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.functional import put_together, skeleton_of
+from dsv3_jax.model_config import ModelConfig
 from tests.reference.weights import Tree
 
 

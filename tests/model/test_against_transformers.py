@@ -9,8 +9,8 @@ import pytest
 import torch
 from flax import nnx
 
-from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.transformer import Transformer
+from dsv3_jax.model_config import ModelConfig
 from dsv3_jax.training.losses import Batch, loss_sums
 from tests.reference.transformers_weights import transformers_model, transformers_mtp_states, transformers_weights
 from tests.reference.weights import Tree, random_weights

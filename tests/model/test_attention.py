@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.attention import MultiHeadLatentAttention
 from dsv3_jax.model.functional import abstract_trees, skeleton_of
 from dsv3_jax.model.rope import rotation
 from dsv3_jax.model.transformer import Transformer
+from dsv3_jax.model_config import ModelConfig
 from tests.reference import transformer as reference
 from tests.reference.weights import random_module, random_weights
 

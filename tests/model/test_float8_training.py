@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dsv3_jax.config import ModelConfig
 from dsv3_jax.kernels.quantization import Recipe
 from dsv3_jax.model import float8_training
 from dsv3_jax.model.moe import MixtureOfExperts
+from dsv3_jax.model_config import ModelConfig
 from sharding.collectives import spread, summed, variation
 from sharding.mesh import TOKEN_AXES, on_mesh, one_device, row_spec
 from sharding.rules import TENSOR_AXES, partition_specs

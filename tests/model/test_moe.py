@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.moe import MixtureOfExperts, RouterStatistics, answered
+from dsv3_jax.model_config import ModelConfig
 from tests.reference import routing
 from tests.reference import transformer as reference
 from tests.reference.weights import Tree, random_module

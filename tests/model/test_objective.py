@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.functional import put_together, skeleton_of
+from dsv3_jax.model_config import ModelConfig
 from dsv3_jax.training.losses import Batch, LossWeights, loss_counts, loss_sums, mean_losses, objective
 from tests.reference import transformer as reference
 from tests.reference.weights import Tree, random_weights

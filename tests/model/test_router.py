@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.functional import abstract_trees, skeleton_of
 from dsv3_jax.model.router import Router, Routing, balance_loss, choose_experts, expert_load, updated_bias
+from dsv3_jax.model_config import ModelConfig
 from tests.reference import routing as reference
 from tests.reference.weights import random_module
 

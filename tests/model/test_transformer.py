@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.config import ConfigError, ModelConfig
+from dsv3_jax.config import ConfigError
 from dsv3_jax.model.functional import abstract_trees, initialize, put_together, skeleton_of, take_apart
 from dsv3_jax.model.transformer import Transformer
+from dsv3_jax.model_config import ModelConfig
 from dsv3_jax.training.losses import Batch, loss_sums
 from tests.reference import transformer as reference
 from tests.reference.weights import random_weights

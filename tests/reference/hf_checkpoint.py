@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save_file
 
-from dsv3_jax.config import ModelConfig
+from dsv3_jax.model_config import ModelConfig
 from tests.reference.hf_checkpoint_config import config_json
 
 Shapes = dict[str, tuple[int, ...]]

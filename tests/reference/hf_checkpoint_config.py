@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from dsv3_jax.config import ModelConfig
+from dsv3_jax.model_config import ModelConfig
 
 
 def config_json(

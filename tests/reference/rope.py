@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from dsv3_jax.config import ModelConfig
+from dsv3_jax.model_config import ModelConfig
 
 
 def pair_frequency(model: ModelConfig, pair: int) -> float:

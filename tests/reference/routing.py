@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dsv3_jax.config import ModelConfig
+from dsv3_jax.model_config import ModelConfig
 
 
 class Gate(NamedTuple):

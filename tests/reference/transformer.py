@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dsv3_jax.config import ModelConfig
+from dsv3_jax.model_config import ModelConfig
 from tests.reference import rope
 from tests.reference.routing import Gate, balance_loss, route
 from tests.reference.weights import Tree, layer

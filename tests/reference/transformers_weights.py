@@ -12,7 +12,7 @@ from transformers import (
 )
 from transformers.modeling_layers import MtpModel
 
-from dsv3_jax.config import ModelConfig
+from dsv3_jax.model_config import ModelConfig
 from tests.reference.weights import Tree, layer
 
 

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.functional import abstract_trees, skeleton_of
+from dsv3_jax.model_config import ModelConfig
 
 Tree = dict[str, Any]
 

@@ -16,10 +16,10 @@ from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
 from configs.tiny import config as tiny
-from dsv3_jax.config import ModelConfig
 from dsv3_jax.layout import mesh_of
 from dsv3_jax.model.functional import Skeleton, Tree, parameter_specs, put_together, skeleton_of
 from dsv3_jax.model.transformer import Transformer
+from dsv3_jax.model_config import ModelConfig
 from dsv3_jax.training.accumulation import accumulated
 from dsv3_jax.training.losses import Batch, Losses, LossWeights, loss_counts, loss_sums, mean_losses, objective
 from sharding.collectives import summed

@@ -2,7 +2,6 @@
 
 from tokenizers import Tokenizer
 
-from dsv3_jax.config import ModelConfig
 from dsv3_jax.convert.opening import OpenedModel, open_model
 from dsv3_jax.data.errors import DataError
 from dsv3_jax.data.tokenizer import special_tokens
@@ -17,6 +16,7 @@ from dsv3_jax.inference.stopping import stop_ids
 from dsv3_jax.inference.weights import ready_to_decode
 from dsv3_jax.layout import mesh_to_run
 from dsv3_jax.loading import load_opened
+from dsv3_jax.model_config import ModelConfig
 from dsv3_jax.runtime import use_one_thread
 from dsv3_jax.training.progress import note
 
