@@ -8,6 +8,7 @@ has ended, in both ways. Prints, as the median and range of interleaved rounds, 
 whole, over those of the engine alone.
 """
 
+import http.client
 import json
 import statistics
 import subprocess
@@ -17,7 +18,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import httpx2
 import numpy as np
 import tyro
 
@@ -46,7 +46,7 @@ def main(
     ]
     for thread in threads:
         thread.start()
-    address = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    address = f"127.0.0.1:{listening.getsockname()[1]}"
     command = [sys.executable, "-m", "benchmarks.server_overhead", "--client", address]
     client = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert client.stdin and client.stdout
@@ -106,35 +106,41 @@ def of_engine(engine: Engine, prompts: list[list[list[int]]], tokens: int) -> fl
 
 
 def be_clients(address: str) -> None:
-    """For every line that comes, all clients make their requests at the same time; answers with tokens/s."""
-    with httpx2.Client(base_url=address, timeout=None, limits=httpx2.Limits(max_connections=None)) as client:
-        for line in sys.stdin:
-            work = json.loads(line)
-            made = [0] * len(work["prompts"])
+    """For every line that comes, all clients make their requests at the same time; answers with tokens/s.
 
-            def ask(index: int, work=work, made=made) -> None:
-                for prompt in work["prompts"][index]:
-                    made[index] += answered(client, prompt, work["tokens"], work["stream"])
+    With as little work of their own as can be: in earnest clients have machines of their own.
+    """
+    for line in sys.stdin:
+        work = json.loads(line)
+        made = [0] * len(work["prompts"])
 
-            threads = [threading.Thread(target=ask, args=(index,)) for index in range(len(made))]
-            start = time.perf_counter()
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-            print(sum(made) / (time.perf_counter() - start), flush=True)
+        def ask(index: int, work=work, made=made) -> None:
+            connection = http.client.HTTPConnection(address)
+            for prompt in work["prompts"][index]:
+                made[index] += answered(connection, prompt, work["tokens"], work["stream"])
+            connection.close()
+
+        threads = [threading.Thread(target=ask, args=(index,)) for index in range(len(made))]
+        start = time.perf_counter()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        print(sum(made) / (time.perf_counter() - start), flush=True)
 
 
-def answered(client: httpx2.Client, prompt: list[int], tokens: int, stream: bool) -> int:
+def answered(connection: http.client.HTTPConnection, prompt: list[int], tokens: int, stream: bool) -> int:
     """How many tokens came."""
     body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": stream}
-    if not stream:
-        reply = client.post("/v1/completions", json=body)
-        return reply.raise_for_status().json()["usage"]["completion_tokens"]
-    body["stream_options"] = {"include_usage": True}
-    with client.stream("POST", "/v1/completions", json=body) as reply:
-        last = [line for line in reply.raise_for_status().iter_lines() if line.startswith("data: {")][-1]
-    return json.loads(last.removeprefix("data: "))["usage"]["completion_tokens"]
+    if stream:
+        body["stream_options"] = {"include_usage": True}
+    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+    reply = connection.getresponse()
+    assert reply.status == 200
+    content = reply.read()  # of a stream, chunk by chunk as they come
+    if stream:
+        content = [line for line in content.splitlines() if line.startswith(b"data: {")][-1].removeprefix(b"data: ")
+    return json.loads(content)["usage"]["completion_tokens"]
 
 
 if __name__ == "__main__":

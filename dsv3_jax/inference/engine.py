@@ -25,8 +25,8 @@ from dsv3_jax.inference.placement import row_parts
 from dsv3_jax.inference.requests import EngineBusy, EngineError, Event, Finish, Limits, Request, Statistics, Ticket
 from dsv3_jax.model.transformer import Transformer
 
-STEPS_BESIDE_PROMPTS = 4
-"""Passes between two pieces of prompts."""
+SHORT_ROUND = 4
+"""Passes between two pieces of prompts, and when others may be about to come."""
 IDLE_SECONDS = 0.1
 
 
@@ -98,6 +98,7 @@ class Engine:
         self._changed = threading.Condition()  # guards what waits and whether anybody will look at it
         self._refusal: str | None = None
         self._steps = FIRST_CHUNK
+        self._steps_in_quiet = SHORT_ROUND
         self._prompt_tokens = self._reused_tokens = self._generated_tokens = self._passes = 0
         self._accepted = [0] * speculative
 
@@ -200,6 +201,7 @@ class Engine:
                     return
                 self._waiting.popleft()
             self._running.append(ticket)
+            self._steps_in_quiet = SHORT_ROUND
             self._device.admit(ticket)
             self._prompt_tokens += len(ticket.request.token_ids)
             self._reused_tokens += ticket.prefilled
@@ -242,9 +244,16 @@ class Engine:
         tickets = [ticket for ticket in self._running if ticket.is_decoding]
         if not tickets:
             return False
-        prompts = len(self._running) > len(tickets)
+        most = LONGEST_CHUNK
+        if len(self._running) > len(tickets):
+            most = SHORT_ROUND
+        elif any(self._free_slots):
+            # Requests come together, and who has had an answer asks again: after one came or went a free slot is
+            # offered again soon, then in longer and longer rounds.
+            most = self._steps_in_quiet
+        self._steps_in_quiet = min(2 * self._steps_in_quiet, LONGEST_CHUNK)
+        steps = min(self._steps, most)
         start = time.perf_counter()
-        steps = min(self._steps, STEPS_BESIDE_PROMPTS) if prompts else self._steps
         new, decoded = self._device.decode(tickets, steps, until_one_ends=bool(self._waiting))
         seconds = time.perf_counter() - start
         self._passes += int(decoded.passes)
@@ -285,6 +294,7 @@ class Engine:
     def _end(self, ticket: Ticket, new: New, finish: Finish, message: str | None = None) -> None:
         """The only way out: slot and pages come back, then the client is told."""
         if ticket.slot is not None:
+            self._steps_in_quiet = SHORT_ROUND
             self._running.remove(ticket)
             self._free_slots[self._part_of(ticket)].append(ticket.slot)
             self._pages[self._part_of(ticket)].release(ticket.pages)

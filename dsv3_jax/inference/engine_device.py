@@ -66,7 +66,7 @@ class Device:
         self.parts = row_parts(model)
         self._slots_of_part = slots // self.parts
         self._slots = _empty_slots(self._mesh, config, slots, drafts, pages * self.parts, page_size)
-        self._inputs: list[tuple[SamplingInputs, Array, Array] | None] = [None] * slots
+        self._inputs: list[tuple[SamplingInputs, np.ndarray, np.ndarray] | None] = [None] * slots
         self._words, self._drafts, self._pages, self._page_size = config.vocabulary, drafts, pages, page_size
         self._longest_table = min(-(-config.maximum_positions // page_size), pages)
         self._piece_lengths = [prefill_chunk]
@@ -83,7 +83,7 @@ class Device:
         prompt_W[request.token_ids] = True
         ends_W[[token for token in self.ends(request) if 0 <= token < self._words]] = True
         inputs = SamplingInputs.of([request.sampling], [request.sample_index])
-        self._inputs[ticket.row] = inputs, jnp.asarray(prompt_W), jnp.asarray(ends_W)
+        self._inputs[ticket.row] = inputs, prompt_W, ends_W
 
     def prefill(self, tickets: list[Ticket]) -> list[New]:
         """The next piece of each ticket's prompt into its pages; after the last piece the first new token.
@@ -121,15 +121,15 @@ class Device:
         piece_s[: len(known)] = known
         is_last = stop == len(tokens)
         return Piece(
-            jnp.int32(ticket.row % self._slots_of_part),
-            jnp.asarray(piece_s[:-1]),
-            jnp.asarray(piece_s[1:]),
-            jnp.int32(start),
-            jnp.int32(stop - start),
-            jnp.bool_(is_last),
-            jnp.asarray(table_G),
+            np.int32(ticket.row % self._slots_of_part),
+            piece_s[:-1],
+            piece_s[1:],
+            np.int32(start),
+            np.int32(stop - start),
+            np.bool_(is_last),
+            table_G,
             *of_slot,
-            jnp.bool_(is_last and ticket.request.logprobs is not None),
+            np.bool_(is_last and ticket.request.logprobs is not None),
         )
 
     def _together(self, pieces: dict[int, Piece]) -> Piece:
@@ -139,10 +139,10 @@ class Device:
             return some
         # Of a slot and pages that do not exist nothing is written anywhere.
         none = some._replace(
-            slot=jnp.int32(self._slots_of_part),
-            length=jnp.int32(0),
-            is_last=jnp.bool_(False),
-            table_G=jnp.full_like(some.table_G, self._pages),
+            slot=np.int32(self._slots_of_part),
+            length=np.int32(0),
+            is_last=np.bool_(False),
+            table_G=np.full_like(some.table_G, self._pages),
         )
         each = [pieces.get(part, none) for part in range(self.parts)]
         return jax.tree.map(lambda *parts: jnp.stack(parts), *each)
@@ -159,13 +159,7 @@ class Device:
         by_slot_BG = np.full((len(left_B), table_BG.shape[1]), self._pages, np.int32)
         by_slot_BG[slots] = table_BG
         wants_logprobs = any(ticket.request.logprobs is not None for ticket in tickets)
-        asked = Asked(
-            jnp.asarray(left_B),
-            jnp.asarray(by_slot_BG),
-            jnp.int32(steps),
-            jnp.bool_(until_one_ends),
-            jnp.bool_(wants_logprobs),
-        )
+        asked = Asked(left_B, by_slot_BG, np.int32(steps), np.bool_(until_one_ends), np.bool_(wants_logprobs))
         self._slots, decoded = self._decode(self._leaves, self._slots, asked, self._vocabulary)
         if not any(ticket.request.routed_experts for ticket in tickets):
             decoded = decoded._replace(experts_BCLK=None)  # they stay where they are

@@ -3,7 +3,7 @@
 A slot is a row of every array in `Slots`.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
@@ -34,25 +34,25 @@ class Slots(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Some tokens of one prompt."""
+    """Some tokens of one prompt. numpy until a compiled step takes it: jnp.asarray costs more than the step's call."""
 
-    slot: Array
-    tokens_S: Array
+    slot: Any
+    tokens_S: Any
     """int32, `length` of them and then anything."""
-    following_S: Array
+    following_S: Any
     """int32, the token after each; after the prompt's last one anything."""
-    start: Array
+    start: Any
     """int32, position of the first."""
-    length: Array
-    is_last: Array
+    length: Any
+    is_last: Any
     """bool: the prompt ends here."""
-    table_G: Array
+    table_G: Any
     inputs: SamplingInputs
     """Of one row."""
-    prompt_W: Array
+    prompt_W: Any
     """bool: the id is in the prompt."""
-    ends_W: Array
-    wants_logprobs: Array
+    ends_W: Any
+    wants_logprobs: Any
 
 
 class Logprobs(NamedTuple):
@@ -64,16 +64,16 @@ class Logprobs(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """What a call of `_decode` is asked for."""
+    """What a call of `_decode` is asked for, as numpy like a piece."""
 
-    left_B: Array
+    left_B: Any
     """int32, tokens that each slot may still make; 0 where none is decoding."""
-    table_BG: Array
-    steps: Array
+    table_BG: Any
+    steps: Any
     """int32, passes at most."""
-    until_one_ends: Array
+    until_one_ends: Any
     """bool: stop once a slot has ended, because somebody waits for it."""
-    wants_logprobs: Array
+    wants_logprobs: Any
 
 
 class Decoded(NamedTuple):

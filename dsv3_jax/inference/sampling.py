@@ -96,14 +96,16 @@ class SamplingInputs(NamedTuple):
         Rows that continue one prompt with one seed need different indices to differ.
         """
 
-        def column(name: str, dtype: type, least: float = -math.inf, most: float = math.inf) -> Array:
+        def column(name: str, dtype: type, least: float = -math.inf, most: float = math.inf) -> np.ndarray:
             values: np.ndarray = np.array(
                 [min(max(getattr(sampling, name), least), most) for sampling in samplings], dtype
             )
-            return jnp.asarray(np.where(np.abs(values) < LEAST_NORMAL, 0, values).astype(dtype))
+            return np.where(np.abs(values) < LEAST_NORMAL, 0, values).astype(dtype)
 
         indices_B = np.zeros(len(samplings)) if sample_indices is None else np.array(sample_indices)
-        return cls(
+        return _inputs(
+            np.array([sampling.seed for sampling in samplings], np.uint32),
+            indices_B.astype(np.uint32),
             column("temperature", np.float32, most=1e30),
             column("top_k", np.int32, most=2**31 - 1),
             column("top_p", np.float32, least=LEAST_NORMAL),
@@ -112,14 +114,14 @@ class SamplingInputs(NamedTuple):
             column("repetition_penalty", np.float32, least=1e-6, most=1e6),
             column("presence_penalty", np.float32),
             column("frequency_penalty", np.float32),
-            _streams(np.array([sampling.seed for sampling in samplings], np.uint32), indices_B.astype(np.uint32)),
         )
 
 
 # Compiled: one operation after another takes longer than two tokens of a small model.
 @jax.jit
-def _streams(seeds_B: Array, indices_B: Array) -> Array:
-    return jax.vmap(lambda seed, index: jax.random.fold_in(jax.random.key(seed), index))(seeds_B, indices_B)
+def _inputs(seeds_B: Array, indices_B: Array, *columns: Array) -> SamplingInputs:
+    streams_B = jax.vmap(lambda seed, index: jax.random.fold_in(jax.random.key(seed), index))(seeds_B, indices_B)
+    return SamplingInputs._make([*columns, streams_B])
 
 
 def choose_tokens(logits_BW: Array, inputs: SamplingInputs, positions_B: Array) -> Array:

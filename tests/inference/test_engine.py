@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from dsv3_jax.data.tokenizer import special_tokens
-from dsv3_jax.inference.engine import Engine
+from dsv3_jax.inference.engine import SHORT_ROUND, Engine
 from dsv3_jax.inference.generation import Generator
 from dsv3_jax.inference.requests import EngineBusy, EngineError, Event, Request
 from dsv3_jax.inference.sampling import Sampling
@@ -202,6 +202,23 @@ def test_a_long_prompt_holds_nobody_up(engine):
     engine.cancel(running.ticket)
     work(engine)
     assert long.finish
+
+
+def test_rounds_are_short_after_another_has_come_or_gone(engine, drafts):
+    running = Client(engine, Request(prompt_of(1, seed=6), Sampling(1.0, 0, 1.0, seed=2), 127))
+    while len(running.token_ids) < 40:
+        engine.step()
+    other = Client(engine, Request(prompt_of(5, seed=7), GREEDY, 3))
+    while not other.finish:
+        before = len(running.events)
+        engine.step()
+    for passes in (SHORT_ROUND, 2 * SHORT_ROUND):
+        # Whoever asks again now does not wait for long.
+        assert len(running.events) == before + 1 and len(running.events[-1].token_ids) <= passes * (drafts + 1)
+        before += 1
+        engine.step()
+    engine.cancel(running.ticket)
+    work(engine)
 
 
 def test_cancellation_at_any_time_gives_everything_back(engine):
