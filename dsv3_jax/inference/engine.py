@@ -288,8 +288,11 @@ class Engine:
         return prefix_keys(token_ids, self._page_size, ahead=min(self._drafts, 1))
 
     def _keep(self, ticket: Ticket, keys: list[bytes]) -> None:
-        for page, key in zip(ticket.pages, keys, strict=False):
-            self._pages[self._part_of(ticket)].keep(page, key)
+        """The ticket's first pages, which hold what `keys` name."""
+        pages, new = self._pages[self._part_of(ticket)], slice(ticket.kept, len(keys))
+        for page, key in zip(ticket.pages[new], keys[new], strict=True):
+            pages.keep(page, key)
+        ticket.kept = len(keys)
 
     def _end(self, ticket: Ticket, new: New, finish: Finish, message: str | None = None) -> None:
         """The only way out: slot and pages come back, then the client is told."""

@@ -114,6 +114,8 @@ class Ticket:
     pages: tuple[int, ...] = ()
     prefilled: int = 0
     """Tokens of the prompt that are in the cache."""
+    kept: int = 0
+    """Pages that others may use as well."""
     generated: list[int] = field(default_factory=list)
 
     @property
