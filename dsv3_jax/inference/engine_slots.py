@@ -12,7 +12,7 @@ from dsv3_jax.inference.decoding import Rows
 from dsv3_jax.inference.penalties import History
 from dsv3_jax.inference.sampling import Sampling, SamplingInputs
 from dsv3_jax.inference.speculation import Drafts
-from dsv3_jax.model.cache import Latents, PagedLatents
+from dsv3_jax.model.cache import Latents, PagedLatents, empty
 from dsv3_jax.model.transformer import Cache
 from dsv3_jax.model_config import ModelConfig
 
@@ -93,7 +93,7 @@ class Decoded(NamedTuple):
 
 def empty_slots(config: ModelConfig, slots: int, drafts: int, pages: int, page_size: int) -> Slots:
     def pool() -> Array:
-        return jnp.zeros((pages, page_size, config.cache_width), jnp.dtype(config.dtype))
+        return empty(pages, page_size, config.cache_width, dtype=config.dtype)
 
     def numbers(*shape: int, dtype: type = jnp.int32) -> Array:
         return jnp.zeros((slots, *shape), dtype)

@@ -21,7 +21,7 @@ from jax import Array
 
 from dsv3_jax.config_checks import check_model
 from dsv3_jax.model.block import Block
-from dsv3_jax.model.cache import Latents, PagedLatents
+from dsv3_jax.model.cache import Latents, PagedLatents, empty
 from dsv3_jax.model.layers import RMSNorm, RouterBias, contract, parameter, scan_stack, stack, whole
 from dsv3_jax.model.moe import MixtureOfExperts, RouterStatistics
 from dsv3_jax.model.mtp import MultiTokenPrediction
@@ -178,16 +178,16 @@ class Transformer(nnx.Module):
 
     def empty_draft_cache(self, batch: int, length: int) -> Array:
         """As `empty_cache`, of the first MTP module: [B, T, C + R]."""
-        return jnp.zeros((batch, length, self.model.cache_width), jnp.dtype(self.model.dtype))
+        return empty(batch, length, self.model.cache_width, dtype=self.model.dtype)
 
     def empty_cache(self, batch: int, length: int) -> Cache:
         """Each token's normed latent and rotated key a layer, C + R numbers in the compute type, nothing else."""
-        shape, dtype = (batch, length, self.model.cache_width), jnp.dtype(self.model.dtype)
+        shape, dtype = (batch, length, self.model.cache_width), self.model.dtype
         counts = [count for count in (self.model.dense_layers, self.model.moe_layers) if count]
         return [
-            [jnp.zeros(shape, dtype) for _ in range(count)]
+            [empty(*shape, dtype=dtype) for _ in range(count)]
             if isinstance(blocks, nnx.List)
-            else jnp.zeros((count, *shape), dtype)
+            else empty(count, *shape, dtype=dtype)
             for blocks, count in zip(self.stacks(), counts, strict=True)
         ]
 

@@ -82,7 +82,8 @@ def _traced(
     found, structure = jax.tree_util.tree_flatten_with_path(model)
     names = [jax.tree_util.keystr(path, simple=True, separator=".").replace(".value", "") for path, _ in found]
     leaves = [leaf for _, leaf in found]
-    cache = jax.eval_shape(lambda model: model.empty_cache(rows, positions), model)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # what a cache is held in depends on the devices
+        cache = jax.eval_shape(lambda model: model.empty_cache(rows, positions), model)
     by_rows = jax.tree.map(lambda _: row_spec(mesh), (jax.ShapeDtypeStruct(tokens, jnp.int32), cache))
     arguments = jax.tree.map(
         lambda leaf, placed: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed),
