@@ -77,6 +77,8 @@ def _put_gate_beside_up(experts: Experts, mesh: Mesh | None) -> None:
     To a TPU these are different layouts: at every token it would write most of the model anew.
     """
     held: Any = experts.gate_up.get_value()
+    if isinstance(held, Float8Blocks):
+        held = held.evenly_cut()
     leaves, structure = jax.tree.flatten(held)
     if leaves[0].ndim == 3:
         return

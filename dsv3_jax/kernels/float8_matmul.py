@@ -1,6 +1,5 @@
 """Rows sorted by group times matrices held in FP8: on TPUs a few rows by a kernel that reads the codes themselves."""
 
-import jax.numpy as jnp
 from jax import Array
 
 from dsv3_jax.kernels.grouped_matmul import grouped_matmul
@@ -16,9 +15,6 @@ def float8_matmul(rows_MD: Array, weights: Float8Blocks, group_sizes_E: Array) -
 
         codes_EDF = weights.codes.reshape(groups, depth, -1)
         if weights.blocks[-1 - len(columns)] == BLOCK and float8_matmul_tpu.fits(len(rows_MD), *codes_EDF.shape[1:]):
-            scales = weights.scales
-            for dim in range(2, scales.ndim):
-                scales = jnp.repeat(scales, weights.codes.shape[dim] // scales.shape[dim], axis=dim)
-            scales_EdF = scales.reshape(groups, depth // BLOCK, -1)
+            scales_EdF = weights.scales_from_dim(2).reshape(groups, depth // BLOCK, -1)
             return float8_matmul_tpu.product(rows_MD, codes_EDF, scales_EdF, group_sizes_E)
     return grouped_matmul(rows_MD, weights.values(rows_MD.dtype).reshape(groups, depth, -1), group_sizes_E)

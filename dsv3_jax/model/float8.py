@@ -42,12 +42,25 @@ class Float8Blocks:
 
     def values(self, dtype: jnp.dtype) -> Array:
         """What they stand for, each product rounded once to float32 and once to `dtype`."""
+        return narrowed(self.codes.astype(jnp.float32) * self.scales_from_dim(0), dtype)
+
+    def scales_from_dim(self, first: int) -> Array:
+        """The scales with one for each number of the dims from `first` on, in place of each block."""
         scales, shape = self.scales, self.codes.shape
-        for dim, size in enumerate(self.blocks[-len(shape) :]):
+        for dim, size in list(enumerate(self.blocks[-len(shape) :]))[first:]:
             if size > 1:
                 scales = jnp.repeat(scales, size, axis=dim)
                 scales = jax.lax.slice_in_dim(scales, 0, shape[dim], axis=dim)
-        return narrowed(self.codes.astype(jnp.float32) * scales, dtype)
+        return scales
+
+    def evenly_cut(self) -> "Float8Blocks":
+        """The same numbers in blocks that divide the last dim, so that it can be laid beside another."""
+        size, block = self.codes.shape[-1], self.blocks[-1]
+        even = math.gcd(size, block)
+        if even == block:
+            return self
+        scales = jnp.repeat(self.scales, block // even, axis=-1)[..., : size // even]
+        return Float8Blocks(self.codes, scales, (*self.blocks[:-1], even))
 
 
 def blocks_of(axes: Sequence[str], shape: Sequence[int], mesh: Mesh | AbstractMesh | None) -> tuple[int, ...] | None:

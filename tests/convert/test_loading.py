@@ -28,6 +28,7 @@ from dsv3_jax.convert.sources import DirectoryTensors
 from dsv3_jax.data.tokenizer import train_tokenizer
 from dsv3_jax.inference.arguments import parse_infer
 from dsv3_jax.inference.placement import ROWS, over
+from dsv3_jax.inference.weights import ready_to_decode
 from dsv3_jax.model.functional import abstract_trees, parameter_specs, skeleton_of
 from dsv3_jax.training.checkpoint import open_checkpoint
 from dsv3_jax.training.metrics import read_metrics
@@ -184,7 +185,7 @@ def bytes_of(model) -> int:
 @pytest.mark.parametrize("scale_dtype", ["f32", "e8m0"])
 def test_held_in_fp8_a_model_computes_the_same_in_half_the_memory(tmp_path, tiny_model, mesh_with, scale_dtype):
     """A matrix is the same numbers as in a directory that torch dequantised, so the logits are equal to the last bit,
-    in either compute type, on one device and on eight."""
+    in either compute type, on one device and on eight, as loaded and as generation has it."""
     shape = tiny_model(**{**UNEVEN, "heads": 4, "vocabulary": 64, "query_latent": 152})
     tensors = fabricate(tmp_path / "held", shape, dtype="fp8", scale_dtype=scale_dtype)
     fabricate(tmp_path / "plain", shape, dtype="f32", shards=1)
@@ -207,6 +208,7 @@ def test_held_in_fp8_a_model_computes_the_same_in_half_the_memory(tmp_path, tiny
         found = logits(held, mesh)
         assert np.abs(found).max() > 1
         np.testing.assert_array_equal(found, logits(plain, mesh))
+        np.testing.assert_array_equal(*(logits(ready_to_decode(model), mesh) for model in (held, plain)))
         # On the mesh a device's part of these uneven widths ends within a block, and needs more scales.
         if mesh is None and dtype == "bfloat16":
             assert bytes_of(held) < 0.53 * bytes_of(plain)

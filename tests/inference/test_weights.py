@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 import dsv3_jax
@@ -36,16 +37,20 @@ def test_a_model_that_is_ready_to_decode_already_gives_its_own_arrays(model):
     assert all(one is other for one, other in zip(leaves, again, strict=True))
 
 
-def test_multiplied_as_codes_a_model_says_what_it_says_dequantised(tmp_path, tiny_model, monkeypatch):
+# 192: a block ends within the width, and with it.
+@pytest.mark.parametrize(("expert_ffn_width", "prepare"), [(128, nnx.clone), (192, nnx.clone), (192, ready_to_decode)])
+def test_multiplied_as_codes_a_model_says_what_it_says_dequantised(
+    tmp_path, tiny_model, monkeypatch, expert_ffn_width, prepare
+):
     """By the kernel for TPUs, emulated. Every token has all experts, as rounding may change which ones it chooses."""
     whole_blocks = {
         "width": 256, "dense_ffn_width": 256, "heads": 2, "query_latent": 128, "key_value_latent": 128,
-        "nope_head_dim": 64, "rope_head_dim": 64, "value_head_dim": 64, "expert_ffn_width": 128, "experts": 2,
-        "experts_per_token": 2, "expert_groups": 1, "groups_per_token": 1, "layers": 2, "mtp_depth": 0,
+        "nope_head_dim": 64, "rope_head_dim": 64, "value_head_dim": 64, "expert_ffn_width": expert_ffn_width,
+        "experts": 2, "experts_per_token": 2, "expert_groups": 1, "groups_per_token": 1, "layers": 2, "mtp_depth": 0,
     }  # fmt: skip
     fabricate(tmp_path, tiny_model(**whole_blocks), dtype="fp8")
     held, _, _ = dsv3_jax.load(tmp_path, dtype="bfloat16", weights="float8")
-    structure, state = nnx.split(held)
+    structure, state = nnx.split(prepare(held))
     tokens_BS, multiplied = np.arange(24, dtype=np.int32).reshape(2, 12), []
 
     def logits() -> np.ndarray:
