@@ -16,12 +16,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import tyro
 
 from benchmarks.interleaved import interleaved, ratio
+from dsv3_jax.command_line import run_main
 from dsv3_jax.inference.arguments import InferArguments
 from dsv3_jax.inference.engine import Engine
 from dsv3_jax.inference.requests import Event, Request
@@ -112,21 +114,17 @@ def be_clients(address: str) -> None:
     """
     for line in sys.stdin:
         work = json.loads(line)
-        made = [0] * len(work["prompts"])
 
-        def ask(index: int, work=work, made=made) -> None:
+        def ask(prompts: list[list[int]], work=work) -> int:
             connection = http.client.HTTPConnection(address)
-            for prompt in work["prompts"][index]:
-                made[index] += answered(connection, prompt, work["tokens"], work["stream"])
+            made = sum(answered(connection, prompt, work["tokens"], work["stream"]) for prompt in prompts)
             connection.close()
+            return made
 
-        threads = [threading.Thread(target=ask, args=(index,)) for index in range(len(made))]
         start = time.perf_counter()
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        print(sum(made) / (time.perf_counter() - start), flush=True)
+        with ThreadPoolExecutor(len(work["prompts"])) as clients:
+            made = sum(clients.map(ask, work["prompts"]))
+        print(made / (time.perf_counter() - start), flush=True)
 
 
 def answered(connection: http.client.HTTPConnection, prompt: list[int], tokens: int, stream: bool) -> int:
@@ -147,4 +145,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--client"]:
         be_clients(sys.argv[2])
     else:
-        tyro.cli(main, use_underscores=True)
+        run_main(lambda: tyro.cli(main, use_underscores=True))

@@ -27,7 +27,7 @@ class PagedLatents(NamedTuple):
     as zeros."""
 
 
-# [B, T, X] or pages; X = C + R.
+# [B, T, X] or pages; X = C + R. What is in them is what `empty` holds latents in.
 Latents = Array | PagedLatents
 
 

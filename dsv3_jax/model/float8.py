@@ -47,9 +47,10 @@ class Float8Blocks:
     def scales_from_dim(self, first: int) -> Array:
         """The scales with one for each number of the dims from `first` on, in place of each block."""
         scales, shape = self.scales, self.codes.shape
-        for dim, size in list(enumerate(self.blocks[-len(shape) :]))[first:]:
-            if size > 1:
-                scales = jnp.repeat(scales, size, axis=dim)
+        blocks = self.blocks[-len(shape) :]
+        for dim in range(first, len(shape)):
+            if blocks[dim] > 1:
+                scales = jnp.repeat(scales, blocks[dim], axis=dim)
                 scales = jax.lax.slice_in_dim(scales, 0, shape[dim], axis=dim)
         return scales
 

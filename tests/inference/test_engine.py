@@ -206,7 +206,7 @@ def test_a_long_prompt_holds_nobody_up(engine):
 
 def test_rounds_are_short_after_another_has_come_or_gone(engine, drafts):
     running = Client(engine, Request(prompt_of(1, seed=6), Sampling(1.0, 0, 1.0, seed=2), 127))
-    while len(running.token_ids) < 40:
+    while len(running.token_ids) < 20:
         engine.step()
     other = Client(engine, Request(prompt_of(5, seed=7), GREEDY, 3))
     while not other.finish:

@@ -46,3 +46,11 @@ def test_one_entry_does_not_touch_the_others(kind):
     whole = ",".join(map(str, jax.tree.leaves(cache)[0].shape))
     compiled = jax.jit(written, donate_argnums=0).lower(cache).compile().as_text()
     assert f"[{whole}]" in compiled and f"f32[{whole}]" not in compiled and "convert(" not in compiled
+
+
+def test_other_devices_than_a_cpu_hold_the_compute_type():
+    """Also where a program is compiled on a CPU for devices that are not here."""
+    devices = jax.sharding.AbstractDevice("TPU v5", 1, "tpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((8,), ("data",), abstract_device=devices)):
+        assert jax.eval_shape(lambda: empty(ROWS, SIZE, WIDTH, dtype="bfloat16")).dtype == jnp.bfloat16
+    assert empty(ROWS, SIZE, WIDTH, dtype="bfloat16").dtype == jnp.uint16

@@ -102,3 +102,25 @@ def test_v3_trains_on_128_chips_of_v5p_losing_no_token():
     )
     assert plan["fits"] and plan["memory_needed"] < 78 * 2**30
     assert plan["state"]["parameters"] > 4 * 671e9 / 128 and plan["state"]["optimizer"] > 4 * 671e9 / 128
+
+
+CACHE_TYPES = """
+from dsv3_jax.plan.topology import set_up_libtpu, topology
+set_up_libtpu()
+import dataclasses
+import jax
+from configs.tiny import config as tiny
+from dsv3_jax.model.functional import skeleton_of
+from dsv3_jax.plan.plan import plan_work
+from dsv3_jax.plan.programs import traced_decode
+model = dataclasses.replace(tiny.model, precision="bfloat16")
+config = dataclasses.replace(tiny, model=model)
+work = plan_work(config, topology("v5e:2x4"), "decode", 8, 64)
+_, given = traced_decode(config, skeleton_of(model), work.mesh, 8, 64)
+print(*{leaf.dtype.name for leaf in jax.tree.leaves(given.cache)})
+"""
+
+
+def test_a_cache_is_held_as_its_chips_hold_it_and_not_as_this_cpu_does():
+    found = subprocess.run([sys.executable, "-c", CACHE_TYPES], cwd=ROOT, capture_output=True, text=True)
+    assert found.stdout.split() == ["bfloat16"], found.stderr
