@@ -95,6 +95,7 @@ class Engine:
         ]
         self._running: list[Ticket] = []  # in the order in which they got their slots
         self._waiting: deque[Ticket] = deque()
+        self._untold: list[tuple[Ticket, Event]] = []
         self._changed = threading.Condition()  # guards what waits and whether anybody will look at it
         self._refusal: str | None = None
         self._steps = FIRST_CHUNK
@@ -105,7 +106,8 @@ class Engine:
     def submit(self, request: Request, on_event: Callable[[Event], None]) -> Ticket:
         """Queue a request. `on_event` is called with its result as it comes, from the thread of `step` or `run`.
 
-        Everybody waits while `on_event` works. One that raises cancels its request.
+        What a step made is told during the next, an end at once. Everybody waits while `on_event` works. One that
+        raises cancels its request.
 
         Raises:
             EngineError: a request that this engine can never answer.
@@ -186,6 +188,8 @@ class Engine:
             if gone:
                 self._waiting = deque(ticket for ticket in self._waiting if not ticket.cancelled)
         gone += [ticket for ticket in self._running if ticket.cancelled]
+        if gone:
+            self._tell_untold()
         for ticket in gone:
             self._end(ticket, NOTHING, "cancelled")
         return bool(gone)
@@ -234,7 +238,8 @@ class Engine:
                 tickets.setdefault(self._part_of(ticket), ticket)
         if not tickets:
             return False
-        for ticket, new in zip(tickets.values(), self._device.prefill([*tickets.values()]), strict=True):
+        made = self._device.prefill([*tickets.values()], self._tell_untold)
+        for ticket, new in zip(tickets.values(), made, strict=True):
             self._keep(ticket, ticket.keys[: ticket.prefilled // self._page_size])
             if ticket.is_decoding:
                 self._add(ticket, new)
@@ -254,7 +259,7 @@ class Engine:
         self._steps_in_quiet = min(2 * self._steps_in_quiet, LONGEST_CHUNK)
         steps = min(self._steps, most)
         start = time.perf_counter()
-        new, decoded = self._device.decode(tickets, steps, until_one_ends=bool(self._waiting))
+        new, decoded = self._device.decode(tickets, steps, bool(self._waiting), self._tell_untold)
         seconds = time.perf_counter() - start
         self._passes += int(decoded.passes)
         self._accepted = [sum(pair) for pair in zip(self._accepted, decoded.accepted_k.tolist(), strict=True)]
@@ -281,7 +286,7 @@ class Engine:
             self._keep(ticket, self._keys(ticket.request.token_ids + ticket.generated))
             self._end(ticket, new, "stop" if ended else "length")
         else:
-            self._tell(ticket, new.event(None))
+            self._untold.append((ticket, new.event(None)))
 
     def _keys(self, token_ids: list[int]) -> list[bytes]:
         # An entry of the MTP module's cache depends on one token more than its position's.
@@ -308,8 +313,15 @@ class Engine:
         with self._changed:
             self._refusal = self._refusal or message
             left, self._waiting = [*self._running, *self._waiting], deque()
+        self._tell_untold()
         for ticket in left:
             self._end(ticket, NOTHING, finish, message)
+
+    def _tell_untold(self) -> None:
+        """What the last round made goes out while the device is at the next: whoever reads it holds nobody up."""
+        untold, self._untold = self._untold, []
+        for ticket, event in untold:
+            self._tell(ticket, event)
 
     def _tell(self, ticket: Ticket, event: Event) -> None:
         try:

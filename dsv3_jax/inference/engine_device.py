@@ -1,5 +1,6 @@
 """The engine's device: requests and their pages in, tokens out; in between arrays of few shapes."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -85,10 +86,11 @@ class Device:
         inputs = SamplingInputs.of([request.sampling], [request.sample_index])
         self._inputs[ticket.row] = inputs, prompt_W, ends_W
 
-    def prefill(self, tickets: list[Ticket]) -> list[New]:
+    def prefill(self, tickets: list[Ticket], meanwhile: Callable[[], None]) -> list[New]:
         """The next piece of each ticket's prompt into its pages; after the last piece the first new token.
 
-        At most one ticket of each part of the slots: what is computed for it is computed on its part's devices.
+        `meanwhile` is called while the device works. At most one ticket of each part of the slots: what is computed for
+        it is computed on its part's devices.
         """
         counts = [min(len(ticket.request.token_ids) - ticket.prefilled, self._piece_lengths[-1]) for ticket in tickets]
         stops = [ticket.prefilled + count for ticket, count in zip(tickets, counts, strict=True)]
@@ -101,6 +103,7 @@ class Device:
         }
         made = self._prefill(self._leaves, self._slots, self._together(pieces), self._vocabulary)
         self._slots, *about_tokens = made
+        meanwhile()
         if self._mesh is None:
             about_tokens = jax.tree.map(lambda array: array[None], about_tokens)
         new = []
@@ -147,8 +150,13 @@ class Device:
         each = [pieces.get(part, none) for part in range(self.parts)]
         return jax.tree.map(lambda *parts: jnp.stack(parts), *each)
 
-    def decode(self, tickets: list[Ticket], steps: int, until_one_ends: bool) -> tuple[list[New], Decoded]:
-        """At most `steps` passes over these tickets' slots. Returns the new tokens of each, and all the numbers."""
+    def decode(
+        self, tickets: list[Ticket], steps: int, until_one_ends: bool, meanwhile: Callable[[], None]
+    ) -> tuple[list[New], Decoded]:
+        """At most `steps` passes over these tickets' slots. Returns the new tokens of each, and all the numbers.
+
+        `meanwhile` is called while the device works.
+        """
         slots = [ticket.row for ticket in tickets]
         left_B = np.zeros(len(self._inputs), np.int32)
         left_B[slots] = [ticket.left for ticket in tickets]
@@ -161,6 +169,7 @@ class Device:
         wants_logprobs = any(ticket.request.logprobs is not None for ticket in tickets)
         asked = Asked(left_B, by_slot_BG, np.int32(steps), np.bool_(until_one_ends), np.bool_(wants_logprobs))
         self._slots, decoded = self._decode(self._leaves, self._slots, asked, self._vocabulary)
+        meanwhile()
         if not any(ticket.request.routed_experts for ticket in tickets):
             decoded = decoded._replace(experts_BCLK=None)  # they stay where they are
         decoded = jax.device_get(decoded)
