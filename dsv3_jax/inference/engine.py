@@ -19,8 +19,9 @@ from tokenizers import Tokenizer
 
 from dsv3_jax.inference.decoding import LONGEST_CHUNK
 from dsv3_jax.inference.engine_device import NOTHING, Device, New
+from dsv3_jax.inference.engine_places import Places
 from dsv3_jax.inference.generation import FIRST_CHUNK, FLOWING_SECONDS
-from dsv3_jax.inference.pages import Pages, prefix_keys
+from dsv3_jax.inference.pages import prefix_keys
 from dsv3_jax.inference.placement import row_parts
 from dsv3_jax.inference.requests import EngineBusy, EngineError, Event, Finish, Limits, Request, Statistics, Ticket
 from dsv3_jax.model.transformer import Transformer
@@ -77,22 +78,19 @@ class Engine:
         if cache_tokens < page_size * parts:
             in_parts = "" if parts == 1 else f", times the {parts} parts that the mesh divides rows into"
             raise EngineError(f"cache_tokens={cache_tokens} must be at least page_size={page_size}{in_parts}")
-        self._pages = [Pages(cache_tokens // page_size // parts) for _ in range(parts)]
+        pages = cache_tokens // page_size // parts
+        self._places = Places(parts, slots // parts, pages, page_size)
         self._device = Device(
             model,
             tokenizer,
             slots=slots,
             drafts=speculative,
-            pages=self._pages[0].count,
+            pages=pages,
             page_size=page_size,
             prefill_chunk=prefill_chunk,
         )
-        self._limits = Limits(config.vocabulary, config.maximum_positions, self._pages[0].count, page_size)
+        self._limits = Limits(config.vocabulary, config.maximum_positions, pages, page_size)
         self._page_size, self._drafts, self._most_waiting = page_size, speculative, most_waiting
-        self._slots_of_part = slots // parts
-        self._free_slots = [
-            [*reversed(range(part * self._slots_of_part, (part + 1) * self._slots_of_part))] for part in range(parts)
-        ]
         self._running: list[Ticket] = []  # in the order in which they got their slots
         self._waiting: deque[Ticket] = deque()
         self._untold: list[tuple[Ticket, Event]] = []
@@ -164,9 +162,7 @@ class Engine:
         return Statistics(
             len(self._running),
             len(self._waiting),
-            sum(pages.used for pages in self._pages),
-            sum(pages.free for pages in self._pages),
-            sum(pages.cached for pages in self._pages),
+            *self._places.pages(),
             self._prompt_tokens,
             self._reused_tokens,
             self._generated_tokens,
@@ -176,11 +172,7 @@ class Engine:
 
     def check(self) -> None:
         """Asserts that slots and pages add up, between two steps."""
-        for part, (pages, free) in enumerate(zip(self._pages, self._free_slots, strict=True)):
-            tickets = [ticket for ticket in self._running if self._part_of(ticket) == part]
-            pages.check([ticket.pages for ticket in tickets])
-            first = part * self._slots_of_part
-            assert sorted([*(ticket.row for ticket in tickets), *free]) == [*range(first, first + self._slots_of_part)]
+        self._places.check(self._running)
 
     def _drop_cancelled(self) -> bool:
         with self._changed:
@@ -196,12 +188,12 @@ class Engine:
 
     def _admit(self) -> None:
         """Slots and pages to those that wait, strictly in their order: whoever needs much is not overtaken for ever."""
-        while any(self._free_slots):
+        while self._places.has_free_slot:
             with self._changed:
                 if not self._waiting:
                     return
                 ticket = self._waiting[0]
-                if not self._found_place(ticket):
+                if not self._places.take(ticket, self._limits.pages_for(ticket.request)):
                     return
                 self._waiting.popleft()
             self._running.append(ticket)
@@ -210,37 +202,17 @@ class Engine:
             self._prompt_tokens += len(ticket.request.token_ids)
             self._reused_tokens += ticket.prefilled
 
-    def _found_place(self, ticket: Ticket) -> bool:
-        """A slot with pages for the ticket: in the part that knows most of its beginning, then has most room."""
-
-        def worth(part: int) -> tuple[int, int]:
-            pages = self._pages[part]
-            return pages.known(ticket.keys), pages.free + pages.cached
-
-        parts = [part for part, free in enumerate(self._free_slots) if free]
-        for part in sorted(parts, key=worth, reverse=True):
-            taken = self._pages[part].take(ticket.keys, self._limits.pages_for(ticket.request))
-            if taken is not None:
-                pages, known = taken
-                ticket.pages, ticket.prefilled = tuple(pages), known * self._page_size
-                ticket.slot = self._free_slots[part].pop()
-                return True
-        return False
-
-    def _part_of(self, ticket: Ticket) -> int:
-        return ticket.row // self._slots_of_part
-
     def _prefill(self) -> bool:
         """A piece of the oldest unfinished prompt of every part."""
         tickets: dict[int, Ticket] = {}
         for ticket in self._running:
             if not ticket.is_decoding:
-                tickets.setdefault(self._part_of(ticket), ticket)
+                tickets.setdefault(self._places.part_of(ticket), ticket)
         if not tickets:
             return False
         made = self._device.prefill([*tickets.values()], self._tell_untold)
         for ticket, new in zip(tickets.values(), made, strict=True):
-            self._keep(ticket, ticket.keys[: ticket.prefilled // self._page_size])
+            self._places.keep(ticket, ticket.keys[: ticket.prefilled // self._page_size])
             if ticket.is_decoding:
                 self._add(ticket, new)
         return True
@@ -252,7 +224,7 @@ class Engine:
         most = LONGEST_CHUNK
         if len(self._running) > len(tickets):
             most = SHORT_ROUND
-        elif any(self._free_slots):
+        elif self._places.has_free_slot:
             # Requests come together, and who has had an answer asks again: after one came or went a free slot is
             # offered again soon, then in longer and longer rounds.
             most = self._steps_in_quiet
@@ -283,7 +255,7 @@ class Engine:
         ended = ids[-1] in self._device.ends(ticket.request)
         if ended or not ticket.left:
             # What was answered may come again as part of a longer conversation. The newest token is in no page yet.
-            self._keep(ticket, self._keys(ticket.request.token_ids + ticket.generated))
+            self._places.keep(ticket, self._keys(ticket.request.token_ids + ticket.generated))
             self._end(ticket, new, "stop" if ended else "length")
         else:
             self._untold.append((ticket, new.event(None)))
@@ -292,21 +264,12 @@ class Engine:
         # An entry of the MTP module's cache depends on one token more than its position's.
         return prefix_keys(token_ids, self._page_size, ahead=min(self._drafts, 1))
 
-    def _keep(self, ticket: Ticket, keys: list[bytes]) -> None:
-        """The ticket's first pages, which hold what `keys` name."""
-        pages, new = self._pages[self._part_of(ticket)], slice(ticket.kept, len(keys))
-        for page, key in zip(ticket.pages[new], keys[new], strict=True):
-            pages.keep(page, key)
-        ticket.kept = len(keys)
-
     def _end(self, ticket: Ticket, new: New, finish: Finish, message: str | None = None) -> None:
         """The only way out: slot and pages come back, then the client is told."""
         if ticket.slot is not None:
             self._steps_in_quiet = SHORT_ROUND
             self._running.remove(ticket)
-            self._free_slots[self._part_of(ticket)].append(ticket.slot)
-            self._pages[self._part_of(ticket)].release(ticket.pages)
-            ticket.slot, ticket.pages = None, ()
+            self._places.release(ticket)
         self._tell(ticket, new.event(finish, message))
 
     def _end_all(self, finish: Finish, message: str) -> None:
