@@ -92,20 +92,25 @@ def answered_one_by_one(matrices: tuple[Array, Array], x_ND: Array, weights_NK: 
     dtype, float32 = gate_up_EDcF.dtype, jnp.dtype(jnp.float32)
     count = gate_up_EDcF.shape[0]
     gate_up_EDG = gate_up_EDcF.reshape(*gate_up_EDcF.shape[:2], -1)
+    zeros_ND = spread_like(jnp.zeros(x_ND.shape, float32), x_ND, gate_up_EDG, weights_NK)
+
+    def answer(expert: Array, weights_N: Array) -> Array:
+        gate_and_up_NG = contract("nd,dg->ng", x_ND, gate_up_EDG[expert], dtype)
+        return contract("nf,fd->nd", weighted_swiglu(gate_and_up_NG, weights_N), down_EFD[expert], dtype, float32)
+
+    if len(x_ND) == 1:
+        # Without a condition: XLA:CPU fetches a matrix with all threads, but with one where it may not be needed.
+        def add_choice(choice: Array, sum_ND: Array) -> Array:
+            return sum_ND + answer(experts_NK[0, choice], weights_NK[:, choice])
+
+        return jax.lax.fori_loop(0, experts_NK.shape[1], add_choice, zeros_ND).astype(x_ND.dtype)
     weights_NE = jnp.where(experts_NK[:, :, None] == jnp.arange(count), weights_NK[:, :, None], 0).sum(axis=1)
 
-    def add(expert: Array, sum_ND: Array) -> Array:
+    def add_expert(expert: Array, sum_ND: Array) -> Array:
         weights_N = weights_NE[:, expert]
+        return jax.lax.cond((weights_N != 0).any(), lambda: sum_ND + answer(expert, weights_N), lambda: sum_ND)
 
-        def answer() -> Array:
-            gate_and_up_NG = contract("nd,dg->ng", x_ND, gate_up_EDG[expert], dtype)
-            weighted_NF = weighted_swiglu(gate_and_up_NG, weights_N)
-            return sum_ND + contract("nf,fd->nd", weighted_NF, down_EFD[expert], dtype, float32)
-
-        return jax.lax.cond((weights_N != 0).any(), answer, lambda: sum_ND)
-
-    zeros_ND = spread_like(jnp.zeros(x_ND.shape, float32), x_ND, gate_up_EDG, weights_NK)
-    return jax.lax.fori_loop(0, count, add, zeros_ND).astype(x_ND.dtype)
+    return jax.lax.fori_loop(0, count, add_expert, zeros_ND).astype(x_ND.dtype)
 
 
 class MixtureOfExperts(nnx.Module):

@@ -68,20 +68,22 @@ def test_trap_R8_the_routed_scale_leaves_the_shared_experts_alone(tiny_model, co
 
 
 @pytest.mark.parametrize(
-    ("busy", "length"), [([0, 1, 4], 20), ([5, 6, 7], 20), ([5, 6, 7], 4)], ids=["first", "last", "few_tokens"]
+    ("busy", "rows", "length"),
+    [([0, 1, 4], 2, 20), ([5, 6, 7], 2, 20), ([5, 6, 7], 2, 4), ([5, 6, 7], 1, 1)],
+    ids=["first", "last", "few_tokens", "one_token"],
 )
-def test_experts_without_a_token_change_nothing_and_get_no_gradient(tiny_model, busy, length):
+def test_experts_without_a_token_change_nothing_and_get_no_gradient(tiny_model, busy, rows, length):
     """All tokens at the same three experts, as far from balance as routing can be."""
     model = tiny_model()
     block, weights = random_module(MixtureOfExperts, model)
     weights["router"]["bias"] = np.where(np.isin(np.arange(8), busy), 9.0, -9.0).astype(np.float32)
     block.router.bias[...] = weights["router"]["bias"]
-    x_BSD = _inputs(model, 2, length)
+    x_BSD = _inputs(model, rows, length)
     (found, routed), gradients = _outputs_and_gradients(*nnx.split(block, nnx.Param, ...), x_BSD)
     wanted = [_reference(x_SD, weights, model)[0] for x_SD in x_BSD]
     np.testing.assert_allclose(found, wanted, atol=2e-5 * np.std(wanted))
     idle = np.setdiff1d(np.arange(8), busy)
-    np.testing.assert_array_equal(np.sort(routed.experts_NK), [busy] * (2 * length))
+    np.testing.assert_array_equal(np.sort(routed.experts_NK), [busy] * (rows * length))
     for gradient in jax.tree.leaves(nnx.to_pure_dict(gradients)["experts"]):
         np.testing.assert_array_equal(np.asarray(gradient)[idle], 0.0)
         assert (np.abs(np.asarray(gradient)[busy]).reshape(3, -1).max(axis=1) > 0).all()
