@@ -28,6 +28,7 @@ import tyro
 from benchmarks.bare_loop import as_it_is, bare_loop, dequantizing, quantizing, without
 from benchmarks.interleaved import interleaved, ratio
 from benchmarks.large_checkpoint import Size, fabricate, model_of
+from dsv3_jax.command_line import run_main
 from dsv3_jax.convert.exporting import export_checkpoint
 from dsv3_jax.convert.importing import import_checkpoint
 from dsv3_jax.convert.projection import duration
@@ -133,4 +134,4 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main, use_underscores=True)
+    run_main(lambda: tyro.cli(main, use_underscores=True))

@@ -1,6 +1,6 @@
 """Greedy decoding against transformers, and against what the machine could do at most.
 
-python -m benchmarks.decode_speed CONFIG [--batch=1] [--rounds=5] [--alone]
+python -m benchmarks.decode_speed CONFIG [--batch=1] [--rounds=5] [--alone] [--mesh.tensor=1] [--mesh.data=1]
 
 CONFIG names a file in configs/. Both sides have random parameters of that shape, prefill prompts of 64 tokens and make
 128 more of each; prefill is in the time, compilation is not. Prints the ratio to transformers as it comes and to its
@@ -8,6 +8,8 @@ fastest variant; of one prompt also the most the first could be here if a token 
 
 Then a step after the prompt beside its bound: its weights and cache read once at the rate of one sum over a large
 array, or its products at the rate of one large product, whichever takes longer. --alone prints that only.
+
+Our side runs on one device, or on a mesh of as many as JAX_NUM_CPU_DEVICES says, as infer.py does.
 """
 
 import statistics
@@ -26,18 +28,23 @@ from jax import Array
 from benchmarks import transformers_baseline as baseline
 from benchmarks.interleaved import interleaved, ratio
 from benchmarks.machine import MachineRates, machine_rates
-from dsv3_jax.command_line import load_config
+from dsv3_jax.command_line import load_config, run_main
+from dsv3_jax.config import MeshConfig
 from dsv3_jax.data.tokenizer import special_tokens, train_tokenizer
+from dsv3_jax.inference.arguments import ONE_DEVICE
 from dsv3_jax.inference.generation import Generator, cache_bucket
 from dsv3_jax.inference.sampling import Sampling
 from dsv3_jax.inference.weights import unstacked
+from dsv3_jax.layout import mesh_to_run
 from dsv3_jax.model.attention import MultiHeadLatentAttention
+from dsv3_jax.model.functional import parameter_specs, put_together, skeleton_of, take_apart, to_run
 from dsv3_jax.model.layers import FeedForward
 from dsv3_jax.model.moe import MixtureOfExperts
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.model_config import ModelConfig
 from dsv3_jax.runtime import set_up_compiler, use_one_thread
 from dsv3_jax.training.flops import forward_flops, parameter_counts
+from sharding.mesh import shardings
 
 
 class Decoded(NamedTuple):
@@ -47,10 +54,13 @@ class Decoded(NamedTuple):
     """Seconds of a step after the prompts: one token more for each."""
 
 
-def decoder(model: ModelConfig, batch: int) -> Callable[[], Decoded]:
+def decoder(model: ModelConfig, batch: int, on_devices: MeshConfig) -> Callable[[], Decoded]:
     # A tokenizer of any text: only its size matters, and its end token, which is made less probable than the best.
     network, tokenizer = Transformer(model, nnx.Rngs(0)), train_tokenizer(["some text"], model.vocabulary)
     network.head[...] = network.head[...].at[:, special_tokens(tokenizer).end].set(0.0)
+    skeleton, mesh = to_run(skeleton_of(model)), mesh_to_run(on_devices)
+    placed = jax.device_put(take_apart(network), shardings(mesh, parameter_specs(skeleton, mesh)))
+    network = put_together(skeleton, *placed)
     generator = Generator(network, tokenizer)
     random = np.random.default_rng(0)
 
@@ -143,14 +153,14 @@ def bare_products(model: ModelConfig) -> Callable[[], float]:
     return run
 
 
-def against_transformers(name: str, model: ModelConfig, batch: int, rounds: int) -> None:
+def against_transformers(name: str, model: ModelConfig, batch: int, rounds: int, mesh: MeshConfig) -> None:
     def rate(network: torch.nn.Module) -> float:
         return baseline.decoding_rate(network, batch)
 
     _, implementation, precision = baseline.fastest(rate, model)
     plain = baseline.build(model, "default", torch.float32)
     best = baseline.build(model, implementation, precision)
-    ours = decoder(model, batch)
+    ours = decoder(model, batch, mesh)
     sides = {
         "ours": lambda: ours().speed,
         "plain": lambda: baseline.decode(plain, batch),
@@ -170,8 +180,8 @@ def against_transformers(name: str, model: ModelConfig, batch: int, rounds: int)
     print(f"ours / fastest transformers: {ratio(found['ours'], found['best'])}", flush=True)
 
 
-def beside_its_bound(name: str, model: ModelConfig, batch: int, rounds: int) -> None:
-    decode = decoder(model, batch)
+def beside_its_bound(name: str, model: ModelConfig, batch: int, rounds: int, mesh: MeshConfig) -> None:
+    decode = decoder(model, batch, mesh)
     rounds_of = [(least_step(model, batch, machine_rates()), decode().step) for _ in range(rounds)]
     reads, products = (statistics.median(least[side] for least, _ in rounds_of) for side in (0, 1))
     shares = sorted(max(least) / step for least, step in rounds_of)
@@ -182,14 +192,16 @@ def beside_its_bound(name: str, model: ModelConfig, batch: int, rounds: int) -> 
     print(f"share of the bound: {statistics.median(shares):.2f} ({shares[0]:.2f} to {shares[-1]:.2f})")
 
 
-def main(name: tyro.conf.Positional[str], batch: int = 1, rounds: int = 5, alone: bool = False) -> None:
+def main(
+    name: tyro.conf.Positional[str], batch: int = 1, rounds: int = 5, alone: bool = False, mesh: MeshConfig = ONE_DEVICE
+) -> None:
     set_up_compiler()
     model = load_config(name).model
     use_one_thread(model)
     if not alone:
-        against_transformers(name, model, batch, rounds)
-    beside_its_bound(name, model, batch, rounds)
+        against_transformers(name, model, batch, rounds, mesh)
+    beside_its_bound(name, model, batch, rounds, mesh)
 
 
 if __name__ == "__main__":
-    tyro.cli(main, use_underscores=True)
+    run_main(lambda: tyro.cli(main, use_underscores=True))

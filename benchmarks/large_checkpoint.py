@@ -17,6 +17,7 @@ import numpy as np
 import tyro
 
 from configs.v3_671b import config as v3
+from dsv3_jax.command_line import run_main
 from dsv3_jax.convert.directory import INDEX
 from dsv3_jax.convert.hf_config_export import hugging_face_config
 from dsv3_jax.convert.inventory import FP8
@@ -138,4 +139,4 @@ def main(out: tyro.conf.Positional[Path], size: tyro.conf.OmitArgPrefixes[Size] 
 
 
 if __name__ == "__main__":
-    tyro.cli(main, use_underscores=True)
+    run_main(lambda: tyro.cli(main, use_underscores=True))

@@ -18,6 +18,7 @@ import tyro
 
 import dsv3_jax
 from benchmarks.interleaved import interleaved, ratio
+from dsv3_jax.command_line import run_main
 from dsv3_jax.data.corpus import open_corpus
 from dsv3_jax.inference.completion import Drafted, prompt_ids
 from dsv3_jax.inference.generation import Generator
@@ -95,4 +96,4 @@ def draft_seconds(model: Transformer, positions: int) -> float:
 
 
 if __name__ == "__main__":
-    tyro.cli(main, use_underscores=True)
+    run_main(lambda: tyro.cli(main, use_underscores=True))
