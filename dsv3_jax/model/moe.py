@@ -99,7 +99,7 @@ def answered_one_by_one(matrices: tuple[Array, Array], x_ND: Array, weights_NK: 
         return contract("nf,fd->nd", weighted_swiglu(gate_and_up_NG, weights_N), down_EFD[expert], dtype, float32)
 
     if len(x_ND) == 1:
-        # Without a condition: XLA:CPU fetches a matrix with all threads, but with one where it may not be needed.
+        # Every choice is needed: without a condition `small` decodes 1.1 times as fast.
         def add_choice(choice: Array, sum_ND: Array) -> Array:
             return sum_ND + answer(experts_NK[0, choice], weights_NK[:, choice])
 
